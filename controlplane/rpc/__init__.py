@@ -1,0 +1,1 @@
+"""What every RPC shares: the contract, the call, errors, pages, idempotency."""

@@ -1,0 +1,99 @@
+"""The settings, read once at the start: from `HTX_*` variables, else from the file that `HTX_CONFIG` names."""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+# The longest path that the kernel takes for a Unix socket is 107 bytes; this is what we append to the data folder.
+_LONGEST_SOCKET = "run/postgres/.s.PGSQL.65535.lock"
+_SOCKET_PATH_LIMIT = 107
+
+
+def _default_data_dir() -> Path:
+    """Return /var/lib/htx for root, as the FHS has it, else the XDG data folder of the user."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/htx")
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "htx"
+
+
+class Settings(BaseSettings):
+    """What an operator can decide about an installation. `controlplane settings` lists it."""
+
+    model_config = SettingsConfigDict(env_prefix="HTX_", env_ignore_empty=True, frozen=True, extra="ignore")
+
+    data_dir: Path = Field(default_factory=_default_data_dir, description="Folder of everything that is kept.")
+    database_url: str = Field(
+        default="",
+        description="The control plane's own database: sqlite+aiosqlite:///PATH or postgresql+asyncpg://…; "
+        "a SQLite file in the data folder when empty.",
+    )
+    catalog: Path | None = Field(default=None, description="The catalogue (TOML); the built-in one when empty.")
+    key_file: Path | None = Field(
+        default=None,
+        description="The server's keys; when empty, a file in the data folder that is made at first start.",
+    )
+
+    http_host: str = Field(default="127.0.0.1", description="Address of the public HTTP port.")
+    http_port: int = Field(default=8080, ge=1, le=65535, description="The public HTTP port.")
+    https_port: int = Field(default=8443, ge=1, le=65535, description="The public HTTPS port, with a certificate.")
+    tls_cert: Path | None = Field(default=None, description="Certificate chain (PEM); turns HTTPS on.")
+    tls_key: Path | None = Field(default=None, description="The certificate's private key (PEM).")
+    trusted_hops: int = Field(
+        default=0, ge=0, le=10, description="How many proxies in front of the edge append to X-Forwarded-For."
+    )
+    max_body_bytes: int = Field(default=65536, ge=1024, description="The largest request body that is accepted.")
+    upstream_timeout: int = Field(default=15, ge=1, description="Seconds before the edge answers 504.")
+
+    grpc_host: str = Field(default="127.0.0.1", description="Address of the internal gRPC port.")
+    grpc_port: int = Field(default=50051, ge=1, le=65535, description="The internal gRPC port.")
+    metrics_port: int = Field(default=9464, ge=1, le=65535, description="Prometheus metrics of the server (loopback).")
+    edge_metrics_port: int = Field(default=9901, ge=1, le=65535, description="Prometheus metrics of Envoy (loopback).")
+    postgres_port: int = Field(default=15432, ge=1, le=65535, description="Port of the embedded PostgreSQL.")
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least level logged.")
+    log_format: Literal["auto", "human", "json"] = Field(
+        default="auto", description="Log lines for people or programs; auto: people on a terminal."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "Settings":
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("HTX_TLS_CERT and HTX_TLS_KEY go together: set both, or neither")
+        if len(os.fsencode(self.data_dir.absolute() / _LONGEST_SOCKET)) > _SOCKET_PATH_LIMIT:
+            raise ValueError(f"HTX_DATA_DIR: {self.data_dir} is too long a path for the Unix sockets inside it")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Let a variable win over the file, and the file over the default."""
+        file = os.environ.get("HTX_CONFIG")
+        if not file:
+            return init_settings, env_settings
+        if not Path(file).is_file():
+            raise ValueError(f"HTX_CONFIG: there is no file {file}")
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=file)
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of sockets and of what a start writes anew."""
+        return self.data_dir.absolute() / "run"
+
+    @property
+    def server_socket(self) -> Path:
+        """The Unix socket on which the server takes the edge's requests."""
+        return self.run_dir / "server.sock"
+
+    @property
+    def storage_url(self) -> str:
+        """The SQLAlchemy URL of the control plane's own database."""
+        return self.database_url or f"sqlite+aiosqlite:///{self.data_dir.absolute() / 'controlplane.db'}"
