@@ -1,0 +1,233 @@
+"""The one door: every RPC passes here, in this order, and nothing that fails gets further.
+
+credential → caller → allowlist → rate → policy → field rules → the servicer
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import structlog
+from google.protobuf.message import Message
+
+from controlplane.access.allowlist import is_allowed
+from controlplane.access.credentials import Credentials
+from controlplane.access.policy import check_policy
+from controlplane.access.rate import RateLimiter
+from controlplane.access.same_site import check_same_site
+from controlplane.errors import IpDenied, PortalError, RateLimited, TooLarge, Unavailable
+from controlplane.observe.metrics import Metrics
+from controlplane.observe.traces import Traces
+from controlplane.rpc import call as calls
+from controlplane.rpc.call import Call
+from controlplane.rpc.contract import Rpc
+from controlplane.rpc.idempotency import Idempotency
+from controlplane.rpc.rules import read_request
+from controlplane.rpc.status import trailing_metadata
+from controlplane.sql import Store, is_outage
+
+Context = grpc.aio.ServicerContext[Any, Any]
+if TYPE_CHECKING:
+    Handler = grpc.RpcMethodHandler[Any, Any]  # generic only in its type stubs
+else:
+    Handler = grpc.RpcMethodHandler
+# Services that are not ours and have no policy of their own: both tell nothing but what the proto files tell.
+OPEN_SERVICES = (
+    "grpc.health.v1.Health",
+    "grpc.reflection.v1alpha.ServerReflection",
+    "grpc.reflection.v1.ServerReflection",
+)
+
+_log = structlog.get_logger("rpc")
+
+
+class AccessInterceptor(grpc.aio.ServerInterceptor):
+    """Answers for every RPC whether it may go on; and opens and commits the transaction of those that write."""
+
+    def __init__(
+        self,
+        *,
+        rpcs: dict[str, Rpc],
+        store: Store,
+        credentials: Credentials,
+        limiter: RateLimiter,
+        idempotency: Idempotency,
+        metrics: Metrics,
+        traces: Traces,
+        max_body_bytes: int,
+    ) -> None:
+        self._rpcs = rpcs
+        self._store = store
+        self._credentials = credentials
+        self._limiter = limiter
+        self._idempotency = idempotency
+        self._metrics = metrics
+        self._traces = traces
+        self._max_body_bytes = max_body_bytes
+        self._doors: dict[str, Handler] = {}
+        self._writes: set[asyncio.Task[bytes]] = set()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """Return the door of the RPC, made once per method."""
+        path = handler_call_details.method
+        door = self._doors.get(path)
+        if door is None:
+            handler = await continuation(handler_call_details)
+            if handler is None:
+                return None  # gRPC's own answer: UNIMPLEMENTED
+            door = self._doors[path] = self._door(path, handler)
+        return door
+
+    async def finish(self) -> None:
+        """Wait for the writes whose callers have gone."""
+        if self._writes:
+            await asyncio.wait(self._writes)
+
+    def _door(self, path: str, handler: Handler) -> Handler:
+        rpc = self._rpcs.get(path)
+        if rpc is None:
+            if path.strip("/").partition("/")[0] in OPEN_SERVICES:
+                return handler
+            raise LookupError(f"{path} has no policy")  # the server checked at its start that there is none
+        # Bytes in, bytes out: who the caller is comes before what the bytes say.
+        if handler.request_streaming:
+            raise LookupError(f"{path}: a stream of requests has no rule yet for when its fields are checked")
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(self._stream(rpc, handler.unary_stream))  # type: ignore[arg-type]
+        return grpc.unary_unary_rpc_method_handler(self._unary(rpc, handler.unary_unary))  # type: ignore[arg-type]
+
+    def _unary(self, rpc: Rpc, method: Callable[[Message, Context], Awaitable[Message]]) -> Callable[..., Any]:
+        answer = self._write if rpc.writes else self._read
+        done = self._metrics.rpcs.labels(rpc.name, "OK")
+        seconds = self._metrics.rpc_seconds.labels(rpc.name)
+
+        async def door(raw: bytes, context: Context) -> bytes:
+            began = time.perf_counter()
+            call = calls.enter(rpc, context)
+            try:
+                with self._traces.span(call) if self._traces.on else nullcontext():
+                    request = await self._admit(call, raw)
+                    response = await answer(call, method, request, raw, context)
+            except Exception as error:
+                await self._refuse(call, error, context)
+                raise
+            finally:
+                seconds.observe(time.perf_counter() - began)
+            if call.rest:
+                if rpc.status != 200:  # noqa: PLR2004
+                    call.headers.append(("x-http-status", str(rpc.status)))
+                if rpc.response_body:
+                    call.headers.append(("x-unwrap", rpc.response_body))
+            else:
+                call.headers.append(("x-request-id", call.request_id))
+            if call.headers:
+                await context.send_initial_metadata(tuple(call.headers))
+            done.inc()
+            return response
+
+        return door
+
+    def _stream(self, rpc: Rpc, method: Callable[[Message, Context], AsyncIterator[Message]]) -> Callable[..., Any]:
+        done = self._metrics.rpcs.labels(rpc.name, "OK")
+
+        async def door(raw: bytes, context: Context) -> AsyncIterator[bytes]:
+            call = calls.enter(rpc, context)
+            try:
+                request = await self._admit(call, raw)
+                async for message in method(request, context):
+                    yield message.SerializeToString()
+            except Exception as error:
+                await self._refuse(call, error, context)
+                raise
+            done.inc()
+
+        return door
+
+    async def _admit(self, call: Call, raw: bytes) -> Message:
+        """Go through everything that stands between a caller and the servicer; return the request."""
+        if not call.rpc.access.public:
+            caller = call.maybe_caller = await self._credentials.find_caller(call.metadata)
+            if caller is not None:
+                if caller.networks and not is_allowed(call.client_ip, caller.networks):
+                    raise IpDenied(call.client_ip)
+                verdict = self._limiter.hit(caller.credential_id, caller.rate_limit)
+                if caller.kind == "token":
+                    call.headers += (
+                        ("ratelimit-limit", str(verdict.limit)),
+                        ("ratelimit-remaining", str(verdict.remaining)),
+                        ("ratelimit-reset", str(verdict.reset)),
+                    )
+                if not verdict.allowed:
+                    raise RateLimited(verdict.limit, retry_after=verdict.reset)
+        check_policy(call.rpc, call.maybe_caller)
+        check_same_site(call)
+        if len(raw) > self._max_body_bytes:
+            raise TooLarge(self._max_body_bytes)
+        return read_request(raw, call)
+
+    async def _read(self, call: Call, method: Any, request: Message, raw: bytes, context: Context) -> bytes:
+        del call, raw
+        response: Message = await method(request, context)
+        return response.SerializeToString()
+
+    async def _write(self, call: Call, method: Any, request: Message, raw: bytes, context: Context) -> bytes:
+        """Answer in a transaction that no caller interrupts by hanging up: it commits or rolls back as a whole."""
+        task = asyncio.create_task(self._transaction(call, method, request, raw, context))
+        self._writes.add(task)
+        task.add_done_callback(self._written)
+        return await asyncio.shield(task)
+
+    def _written(self, task: asyncio.Task[bytes]) -> None:
+        self._writes.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever still waits has it; if nobody does, it is not worth a warning
+
+    async def _transaction(self, call: Call, method: Any, request: Message, raw: bytes, context: Context) -> bytes:
+        key = self._idempotency.key_of(call)
+        async with self._store.session() as session:
+            call.maybe_session = session
+            if key is not None:
+                before = await self._idempotency.claim(session, call, key, raw)
+                if before is not None:
+                    call.headers.append(("idempotent-replayed", "true"))
+                    return before
+            response: Message = await method(request, context)
+            answer = response.SerializeToString()
+            if getattr(request, "validate_only", False):
+                await session.rollback()
+                return answer
+            if key is not None:
+                await self._idempotency.record(session, call, key, answer)
+            await session.commit()
+        for then in call.after_commit:
+            then()
+        _log.info(
+            call.rpc.name,
+            account=call.maybe_caller.account_id if call.maybe_caller else None,
+            credential=call.maybe_caller.credential_id if call.maybe_caller else None,
+            ip=call.client_ip,
+            request_id=call.request_id,
+        )
+        return answer
+
+    async def _refuse(self, call: Call, error: Exception, context: Context) -> None:
+        """Abort the RPC with what the caller may know; the rest goes to the log."""
+        if not isinstance(error, PortalError):
+            details = {"rpc": call.rpc.name, "request_id": call.request_id}
+            if is_outage(error):
+                _log.error("the control plane's database does not answer", error=str(error), **details)
+                error = Unavailable()
+            else:
+                _log.error("a bug: an RPC failed in a way that nobody foresaw", exc_info=error, **details)
+                error = PortalError("Something went wrong on our side. Quote the request id to support.")
+        elif error.__cause__ is not None:
+            _log.warning(str(error), rpc=call.rpc.name, request_id=call.request_id, cause=repr(error.__cause__))
+        self._metrics.rpcs.labels(call.rpc.name, error.code).inc()
+        await context.abort(error.status, str(error), trailing_metadata(error, call))

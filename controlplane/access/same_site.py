@@ -1,0 +1,26 @@
+"""Writes with a browser's cookie must come from our own page; a browser sends the cookie along from any."""
+
+from urllib.parse import urlsplit
+
+from controlplane.errors import CrossSite
+from controlplane.rpc.call import Call
+
+
+def check_same_site(call: Call) -> None:
+    """Raise CrossSite for a write by cookie, or a login, that does not come from our own origin.
+
+    `Sec-Fetch-Site` is what current browsers say of it and no page can forge; `Origin` is what older ones say. A write
+    by cookie must have one of them; a login may have neither, as nothing is in the cookie yet to be abused.
+    """
+    if not call.rpc.writes or (call.maybe_caller is not None and call.maybe_caller.kind == "token"):
+        return
+    site = call.metadata.get("sec-fetch-site")
+    origin = call.metadata.get("origin")
+    if site is not None:
+        same = site == "same-origin"
+    elif origin is not None:
+        same = urlsplit(origin).netloc == call.metadata.get("x-htx-host")
+    else:
+        same = call.maybe_caller is None
+    if not same:
+        raise CrossSite

@@ -1,0 +1,1 @@
+"""Accounts: the customers, their plans and what they use."""

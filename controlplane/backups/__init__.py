@@ -1,0 +1,1 @@
+"""Backups of databases: ordered, written, kept and removed."""

@@ -1,0 +1,1 @@
+"""What the provider sells and where: plans, SKUs, regions, clusters."""

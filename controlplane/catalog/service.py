@@ -1,0 +1,53 @@
+"""The servicer of the catalogue."""
+
+from typing import Any
+
+import grpc
+
+from controlplane.api.v1 import catalog_pb2, catalog_pb2_grpc
+from controlplane.catalog.model import Catalog
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class CatalogService(catalog_pb2_grpc.CatalogServiceServicer):
+    """What the provider sells, and where."""
+
+    def __init__(self, *, catalog: Catalog) -> None:
+        self._catalog = catalog
+
+    async def ListPlans(self, request: catalog_pb2.ListPlansRequest, context: Context) -> catalog_pb2.ListPlansResponse:
+        """List the plans."""
+        return catalog_pb2.ListPlansResponse(
+            plans=[
+                catalog_pb2.Plan(
+                    name=plan.name, quotas=dict(plan.quotas), rate_limit_per_minute=plan.rate_limit_per_minute
+                )
+                for plan in self._catalog.plans
+            ]
+        )
+
+    async def ListSkus(self, request: catalog_pb2.ListSkusRequest, context: Context) -> catalog_pb2.ListSkusResponse:
+        """List the sizes."""
+        return catalog_pb2.ListSkusResponse(skus=[catalog_pb2.Sku(**dict(sku)) for sku in self._catalog.skus])
+
+    async def ListRegions(
+        self, request: catalog_pb2.ListRegionsRequest, context: Context
+    ) -> catalog_pb2.ListRegionsResponse:
+        """List the regions, and which engines each of them takes."""
+        return catalog_pb2.ListRegionsResponse(
+            regions=[
+                catalog_pb2.Region(
+                    name=region.name,
+                    title=region.title,
+                    engines=sorted(
+                        {
+                            cluster.engine
+                            for cluster in self._catalog.clusters
+                            if cluster.region == region.name and not cluster.drained
+                        }
+                    ),
+                )
+                for region in self._catalog.regions
+            ]
+        )

@@ -1,0 +1,1 @@
+"""Managed databases: the API, their rows, the steps that make them real, the engines that hold them."""

@@ -1,0 +1,1 @@
+"""The drivers of database engines, one a module, behind the seam in `engine.py`."""

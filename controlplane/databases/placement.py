@@ -1,0 +1,48 @@
+"""Which cluster a new database goes to: the one with the most room, never beyond its capacity."""
+
+import structlog
+from sqlalchemy import CursorResult, text
+from sqlmodel import col, select
+from sqlmodel.ext.asyncio.session import AsyncSession
+
+from controlplane.catalog.model import Catalog, Cluster
+from controlplane.databases.model import ClusterUse
+from controlplane.errors import Conflict
+
+_log = structlog.get_logger("placement")
+
+_OPEN = text("INSERT INTO cluster_uses (cluster, used) VALUES (:cluster, 0) ON CONFLICT DO NOTHING")
+_TAKE = text("UPDATE cluster_uses SET used = used + 1 WHERE cluster = :cluster AND used < :capacity")
+_LEAVE = text("UPDATE cluster_uses SET used = used - 1 WHERE cluster = :cluster")
+
+
+async def place(session: AsyncSession, catalog: Catalog, *, engine: str, region: str) -> Cluster:
+    """Choose a cluster and take a place on it, in the transaction of the create.
+
+    Raises Conflict when there is no cluster for it, or none with room.
+    """
+    clusters = catalog.clusters_for(engine=engine, region=region)
+    if not clusters:
+        raise Conflict(
+            f"The region '{region}' has no {engine} yet: /api/portal/regions shows what can be ordered where."
+        )
+    uses = await _uses(session, clusters)
+    for cluster in sorted(clusters, key=lambda cluster: uses[cluster.name] - cluster.capacity):
+        await session.execute(_OPEN, {"cluster": cluster.name})
+        # The condition decides, not the numbers read above: they may be old by now.
+        taken = await session.execute(_TAKE, {"cluster": cluster.name, "capacity": cluster.capacity})
+        if isinstance(taken, CursorResult) and taken.rowcount:
+            _log.info("placed", cluster=cluster.name, used=uses, engine=engine, region=region)
+            return cluster
+    raise Conflict(f"The region '{region}' has no room for another {engine} database right now. Try another region.")
+
+
+async def leave(session: AsyncSession, cluster: str) -> None:
+    """Give a place back, in the transaction that removes the database's row."""
+    await session.execute(_LEAVE, {"cluster": cluster})
+
+
+async def _uses(session: AsyncSession, clusters: list[Cluster]) -> dict[str, int]:
+    names = [cluster.name for cluster in clusters]
+    rows = await session.exec(select(ClusterUse).where(col(ClusterUse.cluster).in_(names)))
+    return dict.fromkeys(names, 0) | {row.cluster: row.used for row in rows}

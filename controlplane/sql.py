@@ -1,0 +1,145 @@
+"""The control plane's own database: SQLite for one process, PostgreSQL for several."""
+
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, DateTime, Dialect, Executable, TypeDecorator, create_engine, event, make_url
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import ConnectionPoolEntry
+from sqlmodel.ext.asyncio.session import AsyncSession
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """A time in UTC; SQLite forgets the zone, this puts it back."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Return the stored time with its zone."""
+        del dialect
+        return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
+
+
+class Store:
+    """Sessions for writes, and a short way for the few reads that every request makes."""
+
+    def __init__(self, url: str) -> None:
+        self.url = make_url(url)
+        self.is_sqlite = self.url.get_backend_name() == "sqlite"
+        self._engine = _sqlite_engine(url) if self.is_sqlite else create_async_engine(url, pool_size=10, max_overflow=5)
+        self._reads = self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._reader: Connection | None = None
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """The engine, for migrations."""
+        return self._engine
+
+    def session(self) -> AsyncSession:
+        """Return a session; its transaction begins with its first statement.
+
+        Rows stay readable after the commit, and nothing is loaded behind the reader's back.
+        """
+        return AsyncSession(self._engine, expire_on_commit=False)
+
+    async def fetch(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Sequence[Any]:
+        """Return all rows of a SELECT, read outside any transaction; the columns are their attributes.
+
+        On SQLite this runs on the calling thread over a connection that is held open: such a read takes microseconds
+        and never waits for a writer, while a thread switch alone costs more.
+        """
+        if self.is_sqlite:
+            return self._held_reader().execute(statement, parameters).all()
+        async with self._reads.connect() as connection:
+            return (await connection.execute(statement, parameters)).all()
+
+    def version(self) -> int | None:
+        """Return a number that moves whenever anything was committed, by whomever, or None where there is none.
+
+        It is what lets an answer be remembered and still be exact. PostgreSQL has nothing as cheap.
+        """
+        if not self.is_sqlite:
+            return None
+        reader = self._held_reader().connection.dbapi_connection
+        assert reader is not None  # noqa: S101 - a held connection has one
+        version: int = reader.execute("PRAGMA data_version").fetchone()[0]
+        return version
+
+    async def check(self) -> None:
+        """Raise if the database does not answer."""
+        async with self._reads.connect() as connection:
+            await connection.exec_driver_sql("SELECT 1")
+
+    async def close(self) -> None:
+        """Close every connection."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader.engine.dispose()
+            self._reader = None
+        await self._engine.dispose()
+
+    def _held_reader(self) -> Connection:
+        if self._reader is None:
+            engine = create_engine(f"sqlite:///{self.url.database}", isolation_level="AUTOCOMMIT")
+            event.listen(engine, "connect", _prepare_reader)
+            self._reader = engine.connect()
+        return self._reader
+
+
+def _sqlite_engine(url: str) -> AsyncEngine:
+    """Return the engine of a SQLite file.
+
+    One connection: SQLite has one writer anyway, and waiting for it in the pool's queue is fair and wakes at once,
+    where SQLite's own busy handler sleeps and lets the lucky pass. Every transaction takes the write lock as it begins;
+    the driver's own habit of beginning late loses updates.
+    """
+    path = Path(str(make_url(url).database))
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+    engine = create_async_engine(
+        url, pool_size=1, max_overflow=0, pool_timeout=30, connect_args={"isolation_level": None}
+    )
+    event.listen(engine.sync_engine, "connect", _prepare_writer)
+    event.listen(engine.sync_engine, "begin", _begin_immediate)
+    return engine
+
+
+def _prepare_writer(connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
+    del entry
+    cursor = connection.cursor()
+    for pragma in (
+        "journal_mode = WAL",
+        "synchronous = FULL",  # committed means on disk, also after a power cut
+        "busy_timeout = 10000",  # another program, such as a backup of this file, may hold the lock
+        "foreign_keys = ON",
+        "secure_delete = ON",  # what was deleted is not left in the file
+    ):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _prepare_reader(connection: DBAPIConnection, entry: ConnectionPoolEntry) -> None:
+    del entry
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA busy_timeout = 10000")
+    cursor.execute("PRAGMA query_only = ON")
+    cursor.close()
+
+
+def _begin_immediate(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def is_outage(error: BaseException) -> bool:
+    """Tell whether an error means that the database does not answer, rather than that a statement was wrong."""
+    if isinstance(error, DBAPIError):
+        return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)
+    return isinstance(error, PoolTimeoutError | ConnectionError | TimeoutError)
