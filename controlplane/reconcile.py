@@ -16,9 +16,8 @@ from typing import Any, Protocol, TypeVar
 
 import structlog
 from sqlalchemy import CursorResult, func, or_, update
-from sqlalchemy.ext.asyncio import AsyncSession as PlainSession
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import Field, SQLModel, col, select
-from sqlmodel.ext.asyncio.session import AsyncSession
 
 from controlplane.api.v1 import databases_pb2
 from controlplane.clock import Clock
@@ -319,6 +318,6 @@ def _same_order(model: type[Reconciled], row: Reconciled) -> Any:
     return col(model.generation) == row.generation
 
 
-async def _affects(session: PlainSession, statement: Any) -> bool:
+async def _affects(session: AsyncSession, statement: Any) -> bool:
     result = await session.execute(statement)
     return isinstance(result, CursorResult) and bool(result.rowcount)

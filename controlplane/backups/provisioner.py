@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
-from sqlmodel.ext.asyncio.session import AsyncSession
 
 from controlplane.access import quota
 from controlplane.backups.files import BackupFiles

@@ -2,8 +2,8 @@
 
 import structlog
 from sqlalchemy import CursorResult, text
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
-from sqlmodel.ext.asyncio.session import AsyncSession
 
 from controlplane.catalog.model import Catalog, Cluster
 from controlplane.databases.model import ClusterUse
@@ -44,5 +44,5 @@ async def leave(session: AsyncSession, cluster: str) -> None:
 
 async def _uses(session: AsyncSession, clusters: list[Cluster]) -> dict[str, int]:
     names = [cluster.name for cluster in clusters]
-    rows = await session.exec(select(ClusterUse).where(col(ClusterUse.cluster).in_(names)))
+    rows = await session.scalars(select(ClusterUse).where(col(ClusterUse.cluster).in_(names)))
     return dict.fromkeys(names, 0) | {row.cluster: row.used for row in rows}

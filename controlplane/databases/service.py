@@ -7,8 +7,8 @@ from typing import Any
 import grpc
 from sqlalchemy import bindparam, update
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
-from sqlmodel.ext.asyncio.session import AsyncSession
 
 from controlplane.access import quota
 from controlplane.api.v1 import databases_pb2, databases_pb2_grpc

@@ -202,7 +202,7 @@ class EmbeddedPostgres:
         """Make what the server needs outside its data; the rules of access stay in our hands."""
         self._run_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
         self._socket_dir.mkdir(mode=0o700, exist_ok=True)
-        os.chown(self._socket_dir, owner.pw_uid, owner.pw_gid)
+        _give(self._socket_dir, owner)
         me = pwd.getpwuid(os.geteuid()).pw_name
         for name, text in (("hba", _HBA), ("ident", f'controlplane "{me}" {_ADMIN}\n')):
             file = self._run_dir / f"postgres.{name}"
@@ -214,10 +214,10 @@ class EmbeddedPostgres:
         # uvloop's subprocesses know no user=.
         if shutil.which("setpriv") is None:
             return []
-        prefix = ["setpriv", "--pdeathsig", "INT"]
+        prefix = ["setpriv", "--no-new-privs", "--pdeathsig", "INT"]
         if owner.pw_uid == os.geteuid():
             return prefix
-        prefix += ["--reuid", str(owner.pw_uid), "--regid", str(owner.pw_gid), "--clear-groups"]
+        prefix += ["--reuid", str(owner.pw_uid), "--regid", str(owner.pw_gid), "--clear-groups", "--inh-caps", "-all"]
         ways = (*reversed(self._data_dir.parents), self._data_dir, *reversed(self._run_dir.parents), self._run_dir)
         for folder in dict.fromkeys(ways):
             status, _ = await _run(*prefix, "test", "-x", str(folder))
@@ -230,7 +230,8 @@ class EmbeddedPostgres:
 
     async def _usable_binaries(self, as_owner: list[str]) -> Path:
         """Return the folder of the programs: where they are, or a copy, if that is inside somebody's private home."""
-        status, _ = await _run(*as_owner, str(self._install / "bin/postgres"), "--version")
+        # By `env`, as setpriv itself still has root's capabilities when it looks the program up.
+        status, _ = await _run(*as_owner, "env", str(self._install / "bin/postgres"), "--version")
         if status == 0:
             return self._install / "bin"
         # Anew each time, as the 42 MB take a fifth of a second and an old or half copy would be a riddle.
@@ -249,7 +250,7 @@ class EmbeddedPostgres:
         if aside.exists():
             shutil.rmtree(aside)
         aside.mkdir(mode=0o700)
-        os.chown(aside, owner.pw_uid, owner.pw_gid)
+        _give(aside, owner)
         status, output = await _run(
             *as_owner,
             str(binaries / "initdb"),
@@ -333,6 +334,11 @@ async def _run(*command: str) -> tuple[int, str]:
             process.kill()
             await process.wait()
     return process.returncode or 0, output.decode(errors="replace").strip()
+
+
+def _give(folder: Path, owner: pwd.struct_passwd) -> None:
+    if owner.pw_uid != os.geteuid():  # a user may be without the group that /etc/passwd says he has
+        os.chown(folder, owner.pw_uid, owner.pw_gid)
 
 
 def _environment() -> dict[str, str]:

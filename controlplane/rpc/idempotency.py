@@ -8,8 +8,8 @@ import hashlib
 from datetime import datetime, timedelta
 
 from sqlalchemy import CursorResult, bindparam, delete, text
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import Field, SQLModel, col
-from sqlmodel.ext.asyncio.session import AsyncSession
 
 from controlplane.clock import Clock
 from controlplane.errors import BrokenRule, IdempotencyMismatch, InvalidField

@@ -29,7 +29,7 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"controlplane/api/v1/accounts.proto\x12\x13\x63ontrolplane.api.v1\x1a\x1b\x62uf/validate/validate.proto\x1a controlplane/api/v1/access.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe1\x03\n\x07\x41\x63\x63ount\x12\x31\n\x02id\x18\x01 \x01(\tB%\xbaH\"r \x92\x02\x1d\x61\x63_06fq2v9n7ke4w0xg5s1dzr8tbc\x12\'\n\x05\x65mail\x18\x02 \x01(\tB\x18\xbaH\x15r\x13\x92\x02\x10\x64\x65mo@example.com\x12%\n\nfirst_name\x18\x03 \x01(\tB\x0c\xbaH\tr\x07\x92\x02\x04JohnH\x00\x88\x01\x01\x12#\n\tlast_name\x18\x04 \x01(\tB\x0b\xbaH\x08r\x06\x92\x02\x03\x44oeH\x01\x88\x01\x01\x12,\n\x0c\x63ompany_name\x18\x05 \x01(\tB\x11\xbaH\x0er\x0c\x92\x02\tAcme Inc.H\x02\x88\x01\x01\x12\x1d\n\x04plan\x18\x06 \x01(\tB\x0f\xbaH\x0cr\n\x92\x02\x07starter\x12\x38\n\x06quotas\x18\x07 \x03(\x0b\x32(.controlplane.api.v1.Account.QuotasEntry\x12.\n\ncreated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1aI\n\x0bQuotasEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12)\n\x05value\x18\x02 \x01(\x0b\x32\x1a.controlplane.api.v1.Quota:\x02\x38\x01\x42\r\n\x0b_first_nameB\x0c\n\n_last_nameB\x0f\n\r_company_name\"6\n\x05Quota\x12\x16\n\x05limit\x18\x01 \x01(\rB\x07\xbaH\x04*\x02@\n\x12\x15\n\x04used\x18\x02 \x01(\rB\x07\xbaH\x04*\x02@\x03\"q\n\x02Me\x12/\n\x07\x61\x63\x63ount\x18\x01 \x01(\x0b\x32\x1e.controlplane.api.v1.MyAccount\x12\x30\n\x05token\x18\x02 \x01(\x0b\x32\x1c.controlplane.api.v1.MyTokenH\x00\x88\x01\x01\x42\x08\n\x06_token\"\xe1\x01\n\tMyAccount\x12\'\n\x05\x65mail\x18\x01 \x01(\tB\x18\xbaH\x15r\x13\x92\x02\x10john@example.com\x12*\n\nfirst_name\x18\x02 \x01(\x0b\x32\x16.google.protobuf.Value\x12)\n\tlast_name\x18\x03 \x01(\x0b\x32\x16.google.protobuf.Value\x12,\n\x0c\x63ompany_name\x18\x04 \x01(\x0b\x32\x16.google.protobuf.Value\x12&\n\ncreated_at\x18\x05 \x01(\tB\x12\xbaH\x0fr\r\x92\x02\n2024-06-15\"\xe9\x01\n\x07MyToken\x12+\n\x04name\x18\x01 \x01(\tB\x1d\xbaH\x1ar\x18\x92\x02\x15Production Deploy Key\x12\x13\n\x0bpermissions\x18\x02 \x03(\t\x12.\n\ncreated_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x0clast_used_at\x18\x04 \x01(\x0b\x32\x16.google.protobuf.Value\x12*\n\nexpires_at\x18\x05 \x01(\x0b\x32\x16.google.protobuf.Value\x12\x12\n\nis_expired\x18\x06 \x01(\x08\"\x13\n\x11GetAccountRequest\"\x0e\n\x0cGetMeRequest2\xfa\x01\n\x0e\x41\x63\x63ountService\x12\x80\x01\n\nGetAccount\x12&.controlplane.api.v1.GetAccountRequest\x1a\x1c.controlplane.api.v1.Account\",\xaa\xbb\x18\r\n\x0b\x61\x63\x63ount:get\x82\xd3\xe4\x93\x02\x15\x12\x13/api/portal/account\x12\x65\n\x05GetMe\x12!.controlplane.api.v1.GetMeRequest\x1a\x17.controlplane.api.v1.Me\" \xaa\xbb\x18\x02\x10\x01\x82\xd3\xe4\x93\x02\x14\x12\x12/api/v1/account/meb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"controlplane/api/v1/accounts.proto\x12\x13\x63ontrolplane.api.v1\x1a\x1b\x62uf/validate/validate.proto\x1a controlplane/api/v1/access.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf9\x03\n\x07\x41\x63\x63ount\x12\x31\n\x02id\x18\x01 \x01(\tB%\xbaH\"r \x92\x02\x1d\x61\x63_06fq2v9n7ke4w0xg5s1dzr8tbc\x12\'\n\x05\x65mail\x18\x02 \x01(\tB\x18\xbaH\x15r\x13\x92\x02\x10\x64\x65mo@example.com\x12%\n\nfirst_name\x18\x03 \x01(\tB\x0c\xbaH\tr\x07\x92\x02\x04JohnH\x00\x88\x01\x01\x12#\n\tlast_name\x18\x04 \x01(\tB\x0b\xbaH\x08r\x06\x92\x02\x03\x44oeH\x01\x88\x01\x01\x12,\n\x0c\x63ompany_name\x18\x05 \x01(\tB\x11\xbaH\x0er\x0c\x92\x02\tAcme Inc.H\x02\x88\x01\x01\x12\x1d\n\x04plan\x18\x06 \x01(\tB\x0f\xbaH\x0cr\n\x92\x02\x07starter\x12P\n\x06quotas\x18\x07 \x03(\x0b\x32(.controlplane.api.v1.Account.QuotasEntryB\x16\xbaH\x13\x9a\x01\x10\"\x0er\x0c\x92\x02\tdatabases\x12.\n\ncreated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1aI\n\x0bQuotasEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12)\n\x05value\x18\x02 \x01(\x0b\x32\x1a.controlplane.api.v1.Quota:\x02\x38\x01\x42\r\n\x0b_first_nameB\x0c\n\n_last_nameB\x0f\n\r_company_name\"6\n\x05Quota\x12\x16\n\x05limit\x18\x01 \x01(\rB\x07\xbaH\x04*\x02@\n\x12\x15\n\x04used\x18\x02 \x01(\rB\x07\xbaH\x04*\x02@\x03\"q\n\x02Me\x12/\n\x07\x61\x63\x63ount\x18\x01 \x01(\x0b\x32\x1e.controlplane.api.v1.MyAccount\x12\x30\n\x05token\x18\x02 \x01(\x0b\x32\x1c.controlplane.api.v1.MyTokenH\x00\x88\x01\x01\x42\x08\n\x06_token\"\xe1\x01\n\tMyAccount\x12\'\n\x05\x65mail\x18\x01 \x01(\tB\x18\xbaH\x15r\x13\x92\x02\x10john@example.com\x12*\n\nfirst_name\x18\x02 \x01(\x0b\x32\x16.google.protobuf.Value\x12)\n\tlast_name\x18\x03 \x01(\x0b\x32\x16.google.protobuf.Value\x12,\n\x0c\x63ompany_name\x18\x04 \x01(\x0b\x32\x16.google.protobuf.Value\x12&\n\ncreated_at\x18\x05 \x01(\tB\x12\xbaH\x0fr\r\x92\x02\n2024-06-15\"\x83\x02\n\x07MyToken\x12+\n\x04name\x18\x01 \x01(\tB\x1d\xbaH\x1ar\x18\x92\x02\x15Production Deploy Key\x12-\n\x0bpermissions\x18\x02 \x03(\tB\x18\xbaH\x15\x92\x01\x12\"\x10r\x0e\x92\x02\x0b\x64\x61tabases:*\x12.\n\ncreated_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x0clast_used_at\x18\x04 \x01(\x0b\x32\x16.google.protobuf.Value\x12*\n\nexpires_at\x18\x05 \x01(\x0b\x32\x16.google.protobuf.Value\x12\x12\n\nis_expired\x18\x06 \x01(\x08\"\x13\n\x11GetAccountRequest\"\x0e\n\x0cGetMeRequest2\xfa\x01\n\x0e\x41\x63\x63ountService\x12\x80\x01\n\nGetAccount\x12&.controlplane.api.v1.GetAccountRequest\x1a\x1c.controlplane.api.v1.Account\",\xaa\xbb\x18\r\n\x0b\x61\x63\x63ount:get\x82\xd3\xe4\x93\x02\x15\x12\x13/api/portal/account\x12\x65\n\x05GetMe\x12!.controlplane.api.v1.GetMeRequest\x1a\x17.controlplane.api.v1.Me\" \xaa\xbb\x18\x02\x10\x01\x82\xd3\xe4\x93\x02\x14\x12\x12/api/v1/account/meb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,6 +50,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ACCOUNT'].fields_by_name['company_name']._serialized_options = b'\272H\016r\014\222\002\tAcme Inc.'
   _globals['_ACCOUNT'].fields_by_name['plan']._loaded_options = None
   _globals['_ACCOUNT'].fields_by_name['plan']._serialized_options = b'\272H\014r\n\222\002\007starter'
+  _globals['_ACCOUNT'].fields_by_name['quotas']._loaded_options = None
+  _globals['_ACCOUNT'].fields_by_name['quotas']._serialized_options = b'\272H\023\232\001\020\"\016r\014\222\002\tdatabases'
   _globals['_QUOTA'].fields_by_name['limit']._loaded_options = None
   _globals['_QUOTA'].fields_by_name['limit']._serialized_options = b'\272H\004*\002@\n'
   _globals['_QUOTA'].fields_by_name['used']._loaded_options = None
@@ -60,26 +62,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MYACCOUNT'].fields_by_name['created_at']._serialized_options = b'\272H\017r\r\222\002\n2024-06-15'
   _globals['_MYTOKEN'].fields_by_name['name']._loaded_options = None
   _globals['_MYTOKEN'].fields_by_name['name']._serialized_options = b'\272H\032r\030\222\002\025Production Deploy Key'
+  _globals['_MYTOKEN'].fields_by_name['permissions']._loaded_options = None
+  _globals['_MYTOKEN'].fields_by_name['permissions']._serialized_options = b'\272H\025\222\001\022\"\020r\016\222\002\013databases:*'
   _globals['_ACCOUNTSERVICE'].methods_by_name['GetAccount']._loaded_options = None
   _globals['_ACCOUNTSERVICE'].methods_by_name['GetAccount']._serialized_options = b'\252\273\030\r\n\013account:get\202\323\344\223\002\025\022\023/api/portal/account'
   _globals['_ACCOUNTSERVICE'].methods_by_name['GetMe']._loaded_options = None
   _globals['_ACCOUNTSERVICE'].methods_by_name['GetMe']._serialized_options = b'\252\273\030\002\020\001\202\323\344\223\002\024\022\022/api/v1/account/me'
   _globals['_ACCOUNT']._serialized_start=216
-  _globals['_ACCOUNT']._serialized_end=697
-  _globals['_ACCOUNT_QUOTASENTRY']._serialized_start=578
-  _globals['_ACCOUNT_QUOTASENTRY']._serialized_end=651
-  _globals['_QUOTA']._serialized_start=699
-  _globals['_QUOTA']._serialized_end=753
-  _globals['_ME']._serialized_start=755
-  _globals['_ME']._serialized_end=868
-  _globals['_MYACCOUNT']._serialized_start=871
-  _globals['_MYACCOUNT']._serialized_end=1096
-  _globals['_MYTOKEN']._serialized_start=1099
-  _globals['_MYTOKEN']._serialized_end=1332
-  _globals['_GETACCOUNTREQUEST']._serialized_start=1334
-  _globals['_GETACCOUNTREQUEST']._serialized_end=1353
-  _globals['_GETMEREQUEST']._serialized_start=1355
-  _globals['_GETMEREQUEST']._serialized_end=1369
-  _globals['_ACCOUNTSERVICE']._serialized_start=1372
-  _globals['_ACCOUNTSERVICE']._serialized_end=1622
+  _globals['_ACCOUNT']._serialized_end=721
+  _globals['_ACCOUNT_QUOTASENTRY']._serialized_start=602
+  _globals['_ACCOUNT_QUOTASENTRY']._serialized_end=675
+  _globals['_QUOTA']._serialized_start=723
+  _globals['_QUOTA']._serialized_end=777
+  _globals['_ME']._serialized_start=779
+  _globals['_ME']._serialized_end=892
+  _globals['_MYACCOUNT']._serialized_start=895
+  _globals['_MYACCOUNT']._serialized_end=1120
+  _globals['_MYTOKEN']._serialized_start=1123
+  _globals['_MYTOKEN']._serialized_end=1382
+  _globals['_GETACCOUNTREQUEST']._serialized_start=1384
+  _globals['_GETACCOUNTREQUEST']._serialized_end=1403
+  _globals['_GETMEREQUEST']._serialized_start=1405
+  _globals['_GETMEREQUEST']._serialized_end=1419
+  _globals['_ACCOUNTSERVICE']._serialized_start=1422
+  _globals['_ACCOUNTSERVICE']._serialized_end=1672
 # @@protoc_insertion_point(module_scope)

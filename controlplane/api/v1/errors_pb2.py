@@ -22,17 +22,28 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from controlplane.api.buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n controlplane/api/v1/errors.proto\x12\x13\x63ontrolplane.api.v1\"i\n\x05\x45rror\x12\r\n\x05\x65rror\x18\x02 \x01(\t\x12\x0c\n\x04\x63ode\x18\x65 \x01(\t\x12\x12\n\nrequest_id\x18\x66 \x01(\t\x12/\n\x06\x66ields\x18g \x03(\x0b\x32\x1f.controlplane.api.v1.FieldError\"*\n\nFieldError\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\r\n\x05\x65rror\x18\x02 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n controlplane/api/v1/errors.proto\x12\x13\x63ontrolplane.api.v1\x1a\x1b\x62uf/validate/validate.proto\"\xd5\x01\n\x05\x45rror\x12\x38\n\x05\x65rror\x18\x02 \x01(\tB)\xbaH&r$\x92\x02!There is no database \'analytics\'.\x12\x1f\n\x04\x63ode\x18\x65 \x01(\tB\x11\xbaH\x0er\x0c\x92\x02\tnot_found\x12@\n\nrequest_id\x18\x66 \x01(\tB,\xbaH)r\'\x92\x02$5d2f6a0e-3b0c-4f7d-9a51-1c1f5b0c9e77\x12/\n\x06\x66ields\x18g \x03(\x0b\x32\x1f.controlplane.api.v1.FieldError\"S\n\nFieldError\x12\x1b\n\x05\x66ield\x18\x01 \x01(\tB\x0c\xbaH\tr\x07\x92\x02\x04name\x12(\n\x05\x65rror\x18\x02 \x01(\tB\x19\xbaH\x16r\x14\x92\x02\x11value is requiredb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'controlplane.api.v1.errors_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ERROR']._serialized_start=57
-  _globals['_ERROR']._serialized_end=162
-  _globals['_FIELDERROR']._serialized_start=164
-  _globals['_FIELDERROR']._serialized_end=206
+  _globals['_ERROR'].fields_by_name['error']._loaded_options = None
+  _globals['_ERROR'].fields_by_name['error']._serialized_options = b'\272H&r$\222\002!There is no database \'analytics\'.'
+  _globals['_ERROR'].fields_by_name['code']._loaded_options = None
+  _globals['_ERROR'].fields_by_name['code']._serialized_options = b'\272H\016r\014\222\002\tnot_found'
+  _globals['_ERROR'].fields_by_name['request_id']._loaded_options = None
+  _globals['_ERROR'].fields_by_name['request_id']._serialized_options = b'\272H)r\'\222\002$5d2f6a0e-3b0c-4f7d-9a51-1c1f5b0c9e77'
+  _globals['_FIELDERROR'].fields_by_name['field']._loaded_options = None
+  _globals['_FIELDERROR'].fields_by_name['field']._serialized_options = b'\272H\tr\007\222\002\004name'
+  _globals['_FIELDERROR'].fields_by_name['error']._loaded_options = None
+  _globals['_FIELDERROR'].fields_by_name['error']._serialized_options = b'\272H\026r\024\222\002\021value is required'
+  _globals['_ERROR']._serialized_start=87
+  _globals['_ERROR']._serialized_end=300
+  _globals['_FIELDERROR']._serialized_start=302
+  _globals['_FIELDERROR']._serialized_end=385
 # @@protoc_insertion_point(module_scope)

@@ -20,11 +20,11 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Error(_message.Message):
-    """The one shape of every REST error, also of those that the edge itself answers.
-
-    A native gRPC caller gets the same facts as `google.rpc.Status`, with `ErrorInfo`, `BadRequest`, `QuotaFailure` and
-    `RetryInfo` as its details. The field numbers here are not free: 2 is where `google.rpc.Status` keeps its message, and
+    """A native gRPC caller gets the same facts as `google.rpc.Status`, with `ErrorInfo`, `BadRequest`, `QuotaFailure` and
+    `RetryInfo` as its details. The field numbers below are not free: 2 is where `google.rpc.Status` keeps its message, and
     the others are ones that it does not use, so that one answer serves both kinds of caller.
+
+    The one shape of every error, also of those that the edge itself answers.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -36,7 +36,7 @@ class Error(_message.Message):
     error: _builtins.str
     """What went wrong and what to do about it, in one sentence."""
     code: _builtins.str
-    """The machine-readable reason, such as `not_found`."""
+    """The machine-readable reason."""
     request_id: _builtins.str
     """The id under which the provider's support finds this request."""
     @_builtins.property

@@ -28,7 +28,7 @@ from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"controlplane/api/v1/sessions.proto\x12\x13\x63ontrolplane.api.v1\x1a\x1b\x62uf/validate/validate.proto\x1a controlplane/api/v1/access.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc5\x01\n\x07Session\x12\x31\n\x02id\x18\x01 \x01(\tB%\xbaH\"r \x92\x02\x1dse_06fq2v9n7ke4w0xg5s1dzr8tbc\x12\'\n\x05\x65mail\x18\x02 \x01(\tB\x18\xbaH\x15r\x13\x92\x02\x10\x64\x65mo@example.com\x12.\n\ncreated_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"]\n\rCreateSession\x12-\n\x05\x65mail\x18\x01 \x01(\tB\x1e\xbaH\x1br\x16\x18\xfe\x01\x92\x02\x10\x64\x65mo@example.com\xc8\x01\x01\x12\x1d\n\x08password\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\x18\x80\x08\xc8\x01\x01\"S\n\x14\x43reateSessionRequest\x12;\n\x07session\x18\x01 \x01(\x0b\x32\".controlplane.api.v1.CreateSessionB\x06\xbaH\x03\xc8\x01\x01\"\x13\n\x11GetSessionRequest\"\x16\n\x14\x44\x65leteSessionRequest2\x95\x03\n\x0eSessionService\x12\x8e\x01\n\rCreateSession\x12).controlplane.api.v1.CreateSessionRequest\x1a\x1c.controlplane.api.v1.Session\"4\xaa\xbb\x18\x02 \x01\xb2\xbb\x18\x06\x12\x04\x91\x03\x93\x03\x82\xd3\xe4\x93\x02\x1e\"\x13/api/portal/session:\x07session\x12u\n\nGetSession\x12&.controlplane.api.v1.GetSessionRequest\x1a\x1c.controlplane.api.v1.Session\"!\xaa\xbb\x18\x02\x18\x01\x82\xd3\xe4\x93\x02\x15\x12\x13/api/portal/session\x12{\n\rDeleteSession\x12).controlplane.api.v1.DeleteSessionRequest\x1a\x1c.controlplane.api.v1.Session\"!\xaa\xbb\x18\x02\x18\x01\x82\xd3\xe4\x93\x02\x15*\x13/api/portal/sessionb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"controlplane/api/v1/sessions.proto\x12\x13\x63ontrolplane.api.v1\x1a\x1b\x62uf/validate/validate.proto\x1a controlplane/api/v1/access.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc5\x01\n\x07Session\x12\x31\n\x02id\x18\x01 \x01(\tB%\xbaH\"r \x92\x02\x1dse_06fq2v9n7ke4w0xg5s1dzr8tbc\x12\'\n\x05\x65mail\x18\x02 \x01(\tB\x18\xbaH\x15r\x13\x92\x02\x10\x64\x65mo@example.com\x12.\n\ncreated_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"|\n\rCreateSession\x12-\n\x05\x65mail\x18\x01 \x01(\tB\x1e\xbaH\x1br\x16\x18\xfe\x01\x92\x02\x10\x64\x65mo@example.com\xc8\x01\x01\x12<\n\x08password\x18\x02 \x01(\tB*\xbaH\'r\"\x18\x80\x08\x92\x02\x1c\x63orrect horse battery staple\xc8\x01\x01\"S\n\x14\x43reateSessionRequest\x12;\n\x07session\x18\x01 \x01(\x0b\x32\".controlplane.api.v1.CreateSessionB\x06\xbaH\x03\xc8\x01\x01\"\x13\n\x11GetSessionRequest\"\x16\n\x14\x44\x65leteSessionRequest2\x95\x03\n\x0eSessionService\x12\x8e\x01\n\rCreateSession\x12).controlplane.api.v1.CreateSessionRequest\x1a\x1c.controlplane.api.v1.Session\"4\xaa\xbb\x18\x02 \x01\xb2\xbb\x18\x06\x12\x04\x91\x03\x93\x03\x82\xd3\xe4\x93\x02\x1e\"\x13/api/portal/session:\x07session\x12u\n\nGetSession\x12&.controlplane.api.v1.GetSessionRequest\x1a\x1c.controlplane.api.v1.Session\"!\xaa\xbb\x18\x02\x18\x01\x82\xd3\xe4\x93\x02\x15\x12\x13/api/portal/session\x12{\n\rDeleteSession\x12).controlplane.api.v1.DeleteSessionRequest\x1a\x1c.controlplane.api.v1.Session\"!\xaa\xbb\x18\x02\x18\x01\x82\xd3\xe4\x93\x02\x15*\x13/api/portal/sessionb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,7 +42,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATESESSION'].fields_by_name['email']._loaded_options = None
   _globals['_CREATESESSION'].fields_by_name['email']._serialized_options = b'\272H\033r\026\030\376\001\222\002\020demo@example.com\310\001\001'
   _globals['_CREATESESSION'].fields_by_name['password']._loaded_options = None
-  _globals['_CREATESESSION'].fields_by_name['password']._serialized_options = b'\272H\010r\003\030\200\010\310\001\001'
+  _globals['_CREATESESSION'].fields_by_name['password']._serialized_options = b'\272H\'r\"\030\200\010\222\002\034correct horse battery staple\310\001\001'
   _globals['_CREATESESSIONREQUEST'].fields_by_name['session']._loaded_options = None
   _globals['_CREATESESSIONREQUEST'].fields_by_name['session']._serialized_options = b'\272H\003\310\001\001'
   _globals['_SESSIONSERVICE'].methods_by_name['CreateSession']._loaded_options = None
@@ -54,13 +54,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SESSION']._serialized_start=186
   _globals['_SESSION']._serialized_end=383
   _globals['_CREATESESSION']._serialized_start=385
-  _globals['_CREATESESSION']._serialized_end=478
-  _globals['_CREATESESSIONREQUEST']._serialized_start=480
-  _globals['_CREATESESSIONREQUEST']._serialized_end=563
-  _globals['_GETSESSIONREQUEST']._serialized_start=565
-  _globals['_GETSESSIONREQUEST']._serialized_end=584
-  _globals['_DELETESESSIONREQUEST']._serialized_start=586
-  _globals['_DELETESESSIONREQUEST']._serialized_end=608
-  _globals['_SESSIONSERVICE']._serialized_start=611
-  _globals['_SESSIONSERVICE']._serialized_end=1016
+  _globals['_CREATESESSION']._serialized_end=509
+  _globals['_CREATESESSIONREQUEST']._serialized_start=511
+  _globals['_CREATESESSIONREQUEST']._serialized_end=594
+  _globals['_GETSESSIONREQUEST']._serialized_start=596
+  _globals['_GETSESSIONREQUEST']._serialized_end=615
+  _globals['_DELETESESSIONREQUEST']._serialized_start=617
+  _globals['_DELETESESSIONREQUEST']._serialized_end=639
+  _globals['_SESSIONSERVICE']._serialized_start=642
+  _globals['_SESSIONSERVICE']._serialized_end=1047
 # @@protoc_insertion_point(module_scope)

