@@ -3,6 +3,7 @@
 `python -m controlplane.edge` prints the one for a container, which is committed as `envoy/envoy.yaml`.
 """
 
+import json
 import re
 import sys
 from collections import defaultdict
@@ -32,6 +33,20 @@ def render(settings: Settings, *, sockets: Sequence[Path] | None = None) -> str:
     `sockets` are the Unix sockets of the servers, at least one; that of the settings when None.
     """
     return _render(settings, sockets or [settings.server_socket], _folder() / "transcoder.binpb")
+
+
+def render_certificate(cert: Path, key: Path) -> str:
+    """Return what belongs into `edge-certificate.json` in the run folder before Envoy starts, when there is TLS.
+
+    Envoy takes up a renewed certificate when it is renamed into place, after its key.
+    """
+    certificate = {
+        "certificate_chain": {"filename": str(cert.absolute())},
+        "private_key": {"filename": str(key.absolute())},
+        "watched_directory": {"path": str(cert.absolute().parent)},
+    }
+    kind = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
+    return json.dumps({"resources": [{"@type": kind, "name": "certificate", "tls_certificate": certificate}]})
 
 
 def _render(settings: Settings, sockets: Sequence[Path], transcoder: Path) -> str:

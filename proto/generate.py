@@ -1,6 +1,7 @@
 """Derive from the .proto files everything that is committed and never edited: `make proto`.
 
-With `--check`, write nothing and fail if what is committed differs: `make proto-check`.
+With `--check`, write nothing and fail if what is committed differs: `make proto-check`. With `--image FILE`, write all
+descriptors with their comments to a file and nothing else, for buf's checks.
 
     controlplane/api/v1/*_pb2.py, *_pb2_grpc.py, *.pyi   messages, servicers and stubs, with types
     controlplane/api/openapi.json                        the OpenAPI document
@@ -28,7 +29,11 @@ VALIDATE = descriptor_pb2.FileDescriptorProto.FromString(ViolationPb.desc().file
 
 def main() -> int:
     """Generate in place, or say what is stale."""
-    if "--check" not in sys.argv[1:]:
+    if sys.argv[1:2] == ["--image"]:
+        with tempfile.TemporaryDirectory() as scratch:
+            _write(Path(sys.argv[2]), _compile(Path(scratch)).read_bytes())
+        return 0
+    if sys.argv[1:] != ["--check"]:
         _generate(ROOT)
         return 0
     with tempfile.TemporaryDirectory() as scratch:
