@@ -11,11 +11,12 @@ import json
 import os
 import secrets
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+_KEY_BYTES = 32
 _NONCE_BYTES = 12  # NIST SP 800-38D: 96 bits
 
 
@@ -23,13 +24,27 @@ class KeyFileError(Exception):
     """The key file cannot be used; the message says why."""
 
 
+def _checked(key: str) -> str:
+    try:
+        raw = base64.b64decode(key, validate=True)
+    except ValueError:
+        raise ValueError("is not base64") from None
+    if len(raw) != _KEY_BYTES:
+        raise ValueError(f"must be {_KEY_BYTES} bytes in base64, and is {len(raw)}")
+    return key
+
+
+KeyId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$")]  # no colon: that is where the id ends
+Key = Annotated[str, AfterValidator(_checked)]
+
+
 class Keys(BaseModel):
     """The keys, newest first in each family, as `{id: 32 bytes in base64}`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    mac: dict[str, str] = Field(min_length=1)
-    seal: dict[str, str] = Field(min_length=1)
+    mac: dict[KeyId, Key] = Field(min_length=1)
+    seal: dict[KeyId, Key] = Field(min_length=1)
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -40,12 +55,12 @@ class Keys(BaseModel):
         if not path.exists():
             _write_new(path)
         try:
-            keys = cls.model_validate_json(path.read_bytes())
-            for key in (*keys.mac.values(), *keys.seal.values()):
-                AESGCM(base64.b64decode(key, validate=True))
-        except (OSError, ValueError, ValidationError) as error:
-            raise KeyFileError(f"The key file {path} cannot be used: {error}") from None
-        return keys
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise KeyFileError(f"The key file {path} cannot be read: {error.strerror}") from None
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+            raise KeyFileError(f"The key file {path} cannot be used: {problems.removeprefix(': ')}") from None
 
     def digest(self, secret: str) -> str:
         """Return what is stored to recognise `secret` by, under the newest key: `id:hex`."""
@@ -81,7 +96,7 @@ def _digest(key: tuple[str, str], secret: str) -> str:
 def _write_new(path: Path) -> None:
     """Write a new key file so that a crash leaves either none or a whole one, and a racing process's file stands."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = {family: {"k1": base64.b64encode(secrets.token_bytes(32)).decode()} for family in ("mac", "seal")}
+    new = {family: {"k1": base64.b64encode(secrets.token_bytes(_KEY_BYTES)).decode()} for family in ("mac", "seal")}
     aside = path.with_name(f"{path.name}.{os.getpid()}")
     with os.fdopen(os.open(aside, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
         json.dump(new, file, indent=2)

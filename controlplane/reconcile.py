@@ -19,7 +19,7 @@ from sqlalchemy import CursorResult, func, or_, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import Field, SQLModel, col, select
 
-from controlplane.api.v1 import databases_pb2
+from controlplane.api.v1 import progress_pb2
 from controlplane.clock import Clock
 from controlplane.observe.metrics import Metrics
 from controlplane.rpc.times import stamp
@@ -65,11 +65,11 @@ class Reconciled(SQLModel):
         self.deadline_at = now + within if within is not None else None
 
 
-def progress_of(row: Reconciled) -> databases_pb2.Progress | None:
+def progress_of(row: Reconciled) -> progress_pb2.Progress | None:
     """Return what a row is waiting for as the API shows it, or None once it is settled."""
     if row.next_attempt_at is None:
         return None
-    return databases_pb2.Progress(
+    return progress_pb2.Progress(
         waiting_on=row.waiting_on or "",
         attempts=row.attempts,
         next_attempt_at=stamp(row.next_attempt_at) if row.attempts else None,

@@ -13,6 +13,9 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
 
+# PostgreSQL's classes of errors that no statement has earned: the connection, the server's resources, its operator.
+_OUTAGES = ("08", "53", "57P")
+
 
 class UtcDateTime(TypeDecorator[datetime]):
     """A time in UTC; SQLite forgets the zone, this puts it back."""
@@ -140,5 +143,11 @@ def _begin_immediate(connection: Connection) -> None:
 def is_outage(error: BaseException) -> bool:
     """Tell whether an error means that the database does not answer, rather than that a statement was wrong."""
     if isinstance(error, DBAPIError):
-        return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)
+        # SQLAlchemy knows no OperationalError of asyncpg's: what went wrong there is in the SQLSTATE.
+        sqlstate = getattr(error.orig, "sqlstate", None) or ""
+        return (
+            error.connection_invalidated
+            or isinstance(error, OperationalError | InterfaceError)
+            or sqlstate.startswith(_OUTAGES)
+        )
     return isinstance(error, PoolTimeoutError | ConnectionError | TimeoutError)

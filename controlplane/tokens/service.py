@@ -79,7 +79,7 @@ class TokenService(tokens_pb2_grpc.TokenServiceServicer):
         call.session.add(token)
         await call.session.flush()
         etag.show(call, token)
-        return self._shown(call, token, secret=secret)
+        return self._shown(call, token, secret=None if request.validate_only else secret)
 
     async def GetToken(self, request: tokens_pb2.GetTokenRequest, context: Context) -> tokens_pb2.Token:
         """Show one token.
@@ -108,7 +108,7 @@ class TokenService(tokens_pb2_grpc.TokenServiceServicer):
         token.rotated_at = now
         token.generation += 1
         etag.show(call, token)
-        return self._shown(call, token, secret=secret)
+        return self._shown(call, token, secret=None if request.validate_only else secret)
 
     async def DeleteToken(self, request: tokens_pb2.DeleteTokenRequest, context: Context) -> tokens_pb2.Token:
         """Revoke a token; once more changes nothing. Its row stays, its place in the quota is free again.

@@ -4,7 +4,7 @@ isort:skip_file
 """
 
 from collections import abc as _abc
-from controlplane.api.v1 import databases_pb2 as _databases_pb2
+from controlplane.api.v1 import progress_pb2 as _progress_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
@@ -56,7 +56,7 @@ class Backup(_message.Message):
         """When the file was safely on disk."""
 
     @_builtins.property
-    def progress(self) -> _databases_pb2.Progress:
+    def progress(self) -> _progress_pb2.Progress:
         """What it is waiting for; absent once the backup is completed or has failed."""
 
     def __init__(
@@ -70,7 +70,7 @@ class Backup(_message.Message):
         sha256: _builtins.str | None = ...,
         created_at: _timestamp_pb2.Timestamp | None = ...,
         completed_at: _timestamp_pb2.Timestamp | None = ...,
-        progress: _databases_pb2.Progress | None = ...,
+        progress: _progress_pb2.Progress | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_completed_at", b"_completed_at", "_progress", b"_progress", "_sha256", b"_sha256", "_size_bytes", b"_size_bytes", "completed_at", b"completed_at", "created_at", b"created_at", "progress", b"progress", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...

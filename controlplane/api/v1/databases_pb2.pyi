@@ -4,6 +4,7 @@ isort:skip_file
 """
 
 from collections import abc as _abc
+from controlplane.api.v1 import progress_pb2 as _progress_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import struct_pb2 as _struct_pb2
@@ -93,7 +94,7 @@ class Database(_message.Message):
         """When the order last changed."""
 
     @_builtins.property
-    def progress(self) -> Global___Progress:
+    def progress(self) -> _progress_pb2.Progress:
         """What it is waiting for; absent once the database is as ordered."""
 
     def __init__(
@@ -112,7 +113,7 @@ class Database(_message.Message):
         updated_at: _timestamp_pb2.Timestamp | None = ...,
         generation: _builtins.int = ...,
         observed_generation: _builtins.int = ...,
-        progress: Global___Progress | None = ...,
+        progress: _progress_pb2.Progress | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_progress", b"_progress", "created_at", b"created_at", "progress", b"progress", "updated_at", b"updated_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -123,49 +124,6 @@ class Database(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__progress) -> _WhichOneofReturnType__progress | None: ...
 
 Global___Database: _TypeAlias = Database  # noqa: Y015
-
-@_typing.final
-class Progress(_message.Message):
-    """What a resource is waiting for before it is as ordered."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    WAITING_ON_FIELD_NUMBER: _builtins.int
-    ATTEMPTS_FIELD_NUMBER: _builtins.int
-    NEXT_ATTEMPT_AT_FIELD_NUMBER: _builtins.int
-    LAST_ERROR_FIELD_NUMBER: _builtins.int
-    waiting_on: _builtins.str
-    """The thing that has to happen next."""
-    attempts: _builtins.int
-    """How often it was tried without success."""
-    last_error: _builtins.str
-    """Why the last try failed."""
-    @_builtins.property
-    def next_attempt_at(self) -> _timestamp_pb2.Timestamp:
-        """When it is tried again."""
-
-    def __init__(
-        self,
-        *,
-        waiting_on: _builtins.str = ...,
-        attempts: _builtins.int = ...,
-        next_attempt_at: _timestamp_pb2.Timestamp | None = ...,
-        last_error: _builtins.str | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_last_error", b"_last_error", "_next_attempt_at", b"_next_attempt_at", "last_error", b"last_error", "next_attempt_at", b"next_attempt_at"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_last_error", b"_last_error", "_next_attempt_at", b"_next_attempt_at", "attempts", b"attempts", "last_error", b"last_error", "next_attempt_at", b"next_attempt_at", "waiting_on", b"waiting_on"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__last_error: _TypeAlias = _typing.Literal["last_error"]  # noqa: Y015
-    _WhichOneofArgType__last_error: _TypeAlias = _typing.Literal["_last_error", b"_last_error"]  # noqa: Y015
-    _WhichOneofReturnType__next_attempt_at: _TypeAlias = _typing.Literal["next_attempt_at"]  # noqa: Y015
-    _WhichOneofArgType__next_attempt_at: _TypeAlias = _typing.Literal["_next_attempt_at", b"_next_attempt_at"]  # noqa: Y015
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__last_error) -> _WhichOneofReturnType__last_error | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__next_attempt_at) -> _WhichOneofReturnType__next_attempt_at | None: ...
-
-Global___Progress: _TypeAlias = Progress  # noqa: Y015
 
 @_typing.final
 class CreateDatabase(_message.Message):

@@ -29,7 +29,9 @@ _DUMP_LOCK_TIMEOUT = 60.0
 _TRY_LATER = (
     OSError,
     asyncpg.PostgresConnectionError,
-    asyncpg.InterfaceError,  # "connection is closed", when it broke between two statements
+    # When the connection broke between two statements: "connection is closed", or a state that asyncpg did not expect.
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
     asyncpg.OperatorInterventionError,  # starting, shutting down, timed out
     asyncpg.InsufficientResourcesError,  # too many connections, disk full
     asyncpg.LockNotAvailableError,
@@ -59,7 +61,8 @@ class PostgreSQL:
     `admin_dsn` is a URL as libpq takes it: `postgresql://admin:secret@host:5432/postgres?sslmode=verify-full`, or
     `postgresql://admin@/postgres?host=/folder/of/the/socket`. The admin is a superuser, or has CREATEROLE and
     CREATEDB. Its database is where the work is done from; no tenant may connect there. `host` and `port` are what
-    customers connect to. `bin_dir` holds a `pg_dump` that is not older than the cluster.
+    customers connect to. `bin_dir` holds the `pg_dump` of the cluster's own major version: an older one
+    refuses, and what a newer one writes only a newer pg_restore reads, with settings that the cluster does not know.
 
     Each action has a connection of its own: that takes 3 ms of the 35 that a new database takes, and the advisory
     lock on it goes when it goes.
@@ -110,12 +113,12 @@ class PostgreSQL:
 
     async def _run_pg_dump(self, name: str, path: Path) -> None:
         url, password = _without_password(self._dsn, database=name)
-        # It syncs the file and its folder itself (since PostgreSQL 10).
+        # It syncs the file and its folder itself (since PostgreSQL 10). Without --role, as a tenant may lack rights on
+        # his own tables, and forced row-level security would make the dump fail.
         process = await asyncio.create_subprocess_exec(
             self._pg_dump,
             "--format=custom",
             f"--file={path}",
-            f"--role={name}",
             f"--lock-wait-timeout={_DUMP_LOCK_TIMEOUT * 1000:.0f}",
             "--no-password",
             f"--dbname={url}",
