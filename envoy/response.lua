@@ -26,13 +26,17 @@ function finish_error(handle)
   -- Not before body(), which may yield: a header handle that is older than that fails silently.
   local headers = handle:headers()
   if text:sub(-#NO_CODE) == NO_CODE then
-    local status, code, sentence = headers:get(":status"), "internal", "Something failed on our side: try again, and tell support the request_id if it stays."
+    local status = headers:get(":status")
+    local code = "internal"
+    local sentence = "Something failed on our side: try again, and tell support the request_id if it stays."
     if status == "504" then
-      code, sentence = "timeout", "The service did not answer in time: try again, and read first whether a write was done."
+      code = "timeout"
+      sentence = "The service did not answer in time: try again, and read first whether a write was done."
     elseif status ~= "500" then
+      code = "unavailable"
+      sentence = "The service cannot answer right now: retry in a moment."
       headers:replace(":status", "503")
       headers:replace("retry-after", "1")
-      code, sentence = "unavailable", "The service cannot answer right now: retry in a moment."
     end
     local request_id = headers:get("x-request-id")
     body:setBytes('{"error":"' .. sentence .. '","code":"' .. code .. '","request_id":"' .. request_id .. '"}')

@@ -130,6 +130,9 @@ async def _envoy(settings: Settings) -> AsyncIterator[None]:
     _check_port(settings)
     config = settings.run_dir / "envoy.yaml"
     config.write_text(edge.render(settings))
+    if settings.tls_cert is not None and settings.tls_key is not None:
+        certificate = edge.render_certificate(settings.tls_cert, settings.tls_key)
+        (settings.run_dir / "edge-certificate.json").write_text(certificate)
     logs = settings.data_dir / "logs"
     logs.mkdir(exist_ok=True)
     command = [
