@@ -138,6 +138,7 @@ class Reconciler:
         self._woken = asyncio.Event()
         self._running: set[asyncio.Task[None]] = set()
         self._loop: asyncio.Task[None] | None = None
+        self._stopping = False
 
     def wake(self) -> None:
         """Look for due rows at once: something was committed."""
@@ -151,17 +152,18 @@ class Reconciler:
         """Take no new row, let the running steps end for a while, then hand their leases back."""
         if self._loop is None:
             return
-        self._loop.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._loop
+        # Not cancelled while it works: in the midst of claiming a row it would leave a lease that nobody holds.
+        self._stopping = True
+        self._woken.set()
+        await asyncio.wait({self._loop}, timeout=_SECONDS_TO_STOP)
         if self._running:
             await asyncio.wait(self._running, timeout=_SECONDS_TO_STOP)
-        for task in list(self._running):
+        for task in (self._loop, *self._running):
             task.cancel()
-        await asyncio.gather(*self._running, return_exceptions=True)
+        await asyncio.gather(self._loop, *self._running, return_exceptions=True)
 
     async def _run(self) -> None:
-        while True:
+        while not self._stopping:
             self._woken.clear()
             try:
                 for provisioner in self._provisioners:
@@ -169,12 +171,13 @@ class Reconciler:
             except Exception:  # noqa: BLE001 - whatever it is, the loop goes on
                 _log.exception("looking for due rows failed; it is tried again")
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), timeout=_LOOK_EVERY)
+                async with asyncio.timeout(_LOOK_EVERY):
+                    await self._woken.wait()
 
     async def _start_due(self, provisioner: Provisioner[Any]) -> None:
         """Start a step for each due row, as far as there is room."""
         due = await self._count_due(provisioner)
-        while due and len(self._running) < self._concurrency:
+        while due and not self._stopping and len(self._running) < self._concurrency:
             row = await self._claim(provisioner)
             if row is None:
                 return

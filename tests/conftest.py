@@ -1,6 +1,7 @@
 """The stack that the tests talk to: one per kind of storage, started once."""
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -12,6 +13,8 @@ import grpc
 import pytest
 
 from controlplane.local.postgres import EmbeddedPostgres
+from tests.clock import MovableClock
+from tests.doors import Door, Native, Rest
 from tests.stack import Customer, Stack, free_port
 
 CATALOG = Path(__file__).with_name("catalog.toml")
@@ -44,7 +47,7 @@ async def postgres(folder: Path, postgres_port: int) -> AsyncIterator[EmbeddedPo
 
 
 @pytest.fixture(scope="session", params=["sqlite", "postgresql"])
-async def database_url(request: pytest.FixtureRequest, folder: Path, postgres: EmbeddedPostgres) -> str:
+async def database_url(request: pytest.FixtureRequest, postgres: EmbeddedPostgres) -> str:
     """Where the control plane keeps its own rows: each test that uses the stack runs on both."""
     if request.param == "sqlite":
         return ""
@@ -57,6 +60,14 @@ async def new_storage(postgres: EmbeddedPostgres, name: str) -> str:
     await connection.execute(f'CREATE DATABASE "{name}"')
     await connection.close()
     return postgres.admin_dsn.replace("postgresql://", "postgresql+asyncpg://").replace("/postgres?", f"/{name}?")
+
+
+@pytest.fixture
+async def storage_url(database_url: str, postgres: EmbeddedPostgres, tmp_path: Path) -> str:
+    """An empty storage of the test's own, of either kind."""
+    if not database_url:
+        return f"sqlite+aiosqlite:///{tmp_path}/own.db"
+    return await new_storage(postgres, f"own_{secrets.token_hex(4)}")
 
 
 @pytest.fixture(scope="session")
@@ -76,9 +87,33 @@ async def stack(folder: Path, database_url: str, catalog: Path) -> AsyncIterator
         yield running
 
 
+@pytest.fixture(scope="session")
+async def timed(
+    folder: Path, database_url: str, catalog: Path, postgres: EmbeddedPostgres, postgres_port: int
+) -> AsyncIterator[tuple[Stack, MovableClock]]:
+    """A stack whose clock the tests move, whose edge waits for three seconds only, and whose storage has its own role."""
+    url = ""
+    if database_url:
+        await new_storage(postgres, "timed")
+        connection = await asyncpg.connect(postgres.admin_dsn)
+        await connection.execute("CREATE ROLE timed LOGIN PASSWORD 'timed'; ALTER DATABASE timed OWNER TO timed")
+        await connection.close()
+        url = f"postgresql+asyncpg://timed:timed@127.0.0.1:{postgres_port}/timed"
+    clock = MovableClock()
+    kind = "timed-pg" if database_url else "timed-lite"
+    async with Stack(folder / kind, database_url=url, catalog=catalog, clock=clock, upstream_timeout=3) as running:
+        yield running, clock
+
+
 @pytest.fixture
 async def customer(stack: Stack) -> Customer:
     """A new customer with a login and a token of full scope."""
+    return await stack.customer()
+
+
+@pytest.fixture(scope="module")
+async def somebody(stack: Stack) -> Customer:
+    """A customer for the tests of a module that leave nothing behind: each new one costs two slow password hashes."""
     return await stack.customer()
 
 
@@ -89,11 +124,26 @@ def grpc_addr(stack: Stack) -> str:
 
 
 @pytest.fixture
-def grpc_aio_server(stack: Stack) -> Callable[..., AbstractAsyncContextManager[grpc.aio.Server]]:
+def grpc_aio_server(stack: Stack) -> Callable[..., AbstractAsyncContextManager[Stack]]:
     """The server that pytest-grpc-aio would start: it runs already."""
 
     @asynccontextmanager
-    async def running(servicer: object = None) -> AsyncIterator[grpc.aio.Server]:
-        yield stack.server.grpc
+    async def running(*_servicer: object) -> AsyncIterator[Stack]:
+        yield stack
 
     return running
+
+
+@pytest.fixture
+async def native(
+    grpc_aio_channel: Callable[..., AbstractAsyncContextManager[grpc.aio.Channel]],
+) -> AsyncIterator[Native]:
+    """The native door of the stack."""
+    async with grpc_aio_channel() as channel:
+        yield Native(channel)
+
+
+@pytest.fixture(params=["rest", "native"])
+def door(request: pytest.FixtureRequest, stack: Stack, native: Native) -> Door:
+    """Each of the two doors of the stack in turn."""
+    return Rest(stack.rest) if request.param == "rest" else native

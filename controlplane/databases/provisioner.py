@@ -52,9 +52,9 @@ class DatabaseProvisioner:
         return Settled(READY)
 
     async def forget(self, session: AsyncSession, row: Database) -> None:
-        """Give back the place on the cluster and the quota."""
-        await placement.leave(session, row.cluster_target)
+        """Give back the quota and the place on the cluster; in the order of the create, or the two deadlock."""
         await quota.release(session, account_id=row.account_id, kind="databases")
+        await placement.leave(session, row.cluster_target)
 
     def _target(self, row: Database) -> Target:
         sku = self._catalog.find_sku(row.sku)

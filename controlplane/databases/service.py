@@ -192,8 +192,11 @@ class DatabaseService(databases_pb2_grpc.DatabaseServiceServicer):
         database = await self._read(call, request.name)
         if database.observed_generation == 0 or database.state in {DELETING, FAILED}:
             raise Conflict(f"The database '{database.name}' is {database.state}: it takes no connections.")
+        engine = self._engines.get(database.cluster_target)
+        if engine is None:
+            raise Conflict(f"The provider has taken the cluster of the database '{database.name}' out of service.")
         password = self._keys.decrypt(database.password_sealed, bound_to=password_binding(database)).decode()
-        connection = self._engines[database.cluster_target].connection(database.id, password)
+        connection = engine.connection(database.id, password)
         return databases_pb2.DatabaseConnection(
             host=connection.host,
             port=connection.port,

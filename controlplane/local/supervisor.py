@@ -25,6 +25,7 @@ from controlplane.local.child import Child
 from controlplane.local.postgres import EmbeddedPostgres
 from controlplane.local.welcome import welcome
 from controlplane.migrations import migrate
+from controlplane.server import StartError
 from controlplane.settings import Settings
 from controlplane.sql import Store
 
@@ -35,14 +36,10 @@ _LOOK_EVERY = 0.05
 _log = structlog.get_logger("up")
 
 
-class SuperviseError(Exception):
-    """Something does not start; the message says what and where to look."""
-
-
 async def supervise(settings: Settings) -> None:
     """Start everything, print how to use it, and wait for SIGINT or SIGTERM; then stop everything.
 
-    Raises SuperviseError, EmbeddedPostgresError or StartError when something does not start.
+    Raises StartError or EmbeddedPostgresError when something does not start.
     """
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -65,7 +62,7 @@ def _data_dir(settings: Settings) -> Iterator[None]:
     """Make the data folder, and hold it against a second start.
 
     Others may pass through it, but not look into it: the embedded PostgreSQL has a user of its own when we are root.
-    Raises SuperviseError when somebody holds it.
+    Raises StartError when somebody holds it.
     """
     settings.run_dir.mkdir(parents=True, exist_ok=True)
     for folder in (settings.data_dir, settings.run_dir):
@@ -74,7 +71,7 @@ def _data_dir(settings: Settings) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise SuperviseError(
+            raise StartError(
                 f"It is running already on {settings.data_dir}: stop it first, or set another HTX_DATA_DIR."
             ) from None
         yield
@@ -125,7 +122,7 @@ async def _server(settings: Settings) -> AsyncIterator[None]:
 async def _envoy(settings: Settings) -> AsyncIterator[None]:
     """Run Envoy; its access log is for programs, so on a terminal it goes to a file.
 
-    Raises SuperviseError when its port is taken.
+    Raises StartError when its port is taken.
     """
     _check_port(settings)
     config = settings.run_dir / "envoy.yaml"
@@ -153,7 +150,7 @@ async def _envoy(settings: Settings) -> AsyncIterator[None]:
 async def _running(child: Child, is_ready: Callable[[], Awaitable[bool]]) -> AsyncIterator[None]:
     """Run a child while the body runs.
 
-    Raises SuperviseError if it ends, or is not ready in time.
+    Raises StartError if it ends, or is not ready in time.
     """
     await child.start()
     try:
@@ -161,10 +158,10 @@ async def _running(child: Child, is_ready: Callable[[], Awaitable[bool]]) -> Asy
             async with asyncio.timeout(_SECONDS_TO_START):
                 while not await is_ready():
                     if not child.is_running:
-                        raise SuperviseError(f"The {child.name} has ended at its start; the lines above say why.")
+                        raise StartError(f"The {child.name} has ended at its start; the lines above say why.")
                     await asyncio.sleep(_LOOK_EVERY)
         except TimeoutError:
-            raise SuperviseError(
+            raise StartError(
                 f"The {child.name} was not ready in {_SECONDS_TO_START:.0f} s; the lines above say why."
             ) from None
         child.keep_alive()
@@ -195,13 +192,13 @@ async def _edge_is_ready(settings: Settings) -> bool:
 
 
 def _check_port(settings: Settings) -> None:
-    """Raise SuperviseError if the edge's port is taken; Envoy would say so in a riddle."""
+    """Raise StartError if the edge's port is taken; Envoy would say so in a riddle."""
     family = socket.AF_INET6 if ":" in settings.http_host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((settings.http_host, settings.http_port))
         except OSError as error:
-            raise SuperviseError(
+            raise StartError(
                 f"Port {settings.http_port} cannot be used ({error.strerror}): set HTX_HTTP_PORT to another."
             ) from None

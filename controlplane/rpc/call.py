@@ -63,12 +63,14 @@ def enter(rpc: Rpc, context: grpc.aio.ServicerContext) -> Call:  # type: ignore[
 
     Only the edge, which is whoever reaches the Unix socket, is believed about the client's address and the request id.
     """
-    metadata: dict[str, str] = {}
-    for key, value in context.invocation_metadata() or ():
-        text = value if isinstance(value, str) else value.hex()
-        metadata[key] = f"{metadata[key]},{text}" if key in metadata else text
     peer = context.peer()
     from_edge = peer.startswith("unix:")
+    metadata: dict[str, str] = {}
+    for key, value in context.invocation_metadata() or ():
+        if key.startswith("x-htx-") and not from_edge:
+            continue
+        text = value if isinstance(value, str) else value.hex()
+        metadata[key] = f"{metadata[key]},{text}" if key in metadata else text
     call = Call(
         rpc=rpc,
         request_id=(metadata.get("x-request-id") if from_edge else None) or secrets.token_hex(16),

@@ -154,8 +154,6 @@ class PostgreSQL:
             if not await admin.fetchval("SELECT pg_try_advisory_lock(hashtextextended($1, 0))", name):
                 raise Busy("Another change to this database is still under way; look again in a moment.")
             yield admin
-            # After an error the end of the connection unlocks, but nobody waits for the server to notice that.
-            await admin.execute("SELECT pg_advisory_unlock_all()")
 
     @asynccontextmanager
     async def _admin(self) -> AsyncIterator[asyncpg.Connection]:
@@ -173,7 +171,7 @@ class PostgreSQL:
                 },
             )
             yield admin
-            await admin.close(timeout=_CONNECT_TIMEOUT)
+            await admin.close(timeout=_CONNECT_TIMEOUT)  # waits for the server, so that its locks are gone too
         except _TRY_LATER as error:
             raise ClusterUnavailable("The database cluster is not available at the moment; try again later.") from error
         except asyncpg.PostgresError as error:
