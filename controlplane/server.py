@@ -54,7 +54,7 @@ from controlplane.rpc.contract import rpcs
 from controlplane.rpc.idempotency import Idempotency
 from controlplane.sessions.service import SessionService
 from controlplane.settings import Settings
-from controlplane.sql import Store, is_outage
+from controlplane.sql import Store
 from controlplane.tokens.service import TokenService
 
 _READY_EVERY = 1.0
@@ -179,6 +179,8 @@ class Server:
         self._traces.close()
 
     def _listen(self) -> None:
+        # The port first: it is refused while another server runs, whose socket the second step would take away.
+        self._add_port(f"{self.settings.grpc_host}:{self.settings.grpc_port}", "HTX_GRPC_PORT")
         socket = self.settings.server_socket
         socket.parent.mkdir(parents=True, exist_ok=True)
         mask = os.umask(0o117)  # the socket is made here: for its owner and group only
@@ -186,7 +188,6 @@ class Server:
             self._add_port(f"unix:{socket}", "HTX_DATA_DIR")
         finally:
             os.umask(mask)
-        self._add_port(f"{self.settings.grpc_host}:{self.settings.grpc_port}", "HTX_GRPC_PORT")
 
     def _add_port(self, address: str, setting: str) -> None:
         try:
@@ -208,9 +209,7 @@ class Server:
             try:
                 await self.store.check()
                 status = health_pb2.HealthCheckResponse.SERVING
-            except Exception as error:
-                if not is_outage(error):
-                    raise
+            except Exception as error:  # noqa: BLE001 - whatever it is, we are not ready
                 _log.error("not ready: the control plane's database does not answer", error=str(error))
                 status = health_pb2.HealthCheckResponse.NOT_SERVING
             for service in self._services:

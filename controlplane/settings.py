@@ -10,6 +10,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 # The longest path that the kernel takes for a Unix socket is 107 bytes; this is what we append to the data folder.
 _LONGEST_SOCKET = "run/postgres/.s.PGSQL.65535.lock"
 _SOCKET_PATH_LIMIT = 107
+_STORAGES = ("sqlite+aiosqlite:///", "postgresql+asyncpg://")
 
 
 def _default_data_dir() -> Path:
@@ -62,6 +63,8 @@ class Settings(BaseSettings):
     def _check(self) -> "Settings":
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("HTX_TLS_CERT and HTX_TLS_KEY go together: set both, or neither")
+        if self.database_url and not self.database_url.startswith(_STORAGES):
+            raise ValueError(f"HTX_DATABASE_URL must begin with {' or '.join(_STORAGES)}")
         if len(os.fsencode(self.data_dir.absolute() / _LONGEST_SOCKET)) > _SOCKET_PATH_LIMIT:
             raise ValueError(f"HTX_DATA_DIR: {self.data_dir} is too long a path for the Unix sockets inside it")
         return self
@@ -81,7 +84,10 @@ class Settings(BaseSettings):
             return init_settings, env_settings
         if not Path(file).is_file():
             raise ValueError(f"HTX_CONFIG: there is no file {file}")
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=file)
+        try:
+            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=file)
+        except ValueError as error:
+            raise ValueError(f"HTX_CONFIG: {file} is not TOML: {error}") from None
 
     @property
     def run_dir(self) -> Path:

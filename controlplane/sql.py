@@ -1,10 +1,10 @@
 """The control plane's own database: SQLite for one process, PostgreSQL for several."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from sqlalchemy import Connection, DateTime, Dialect, Executable, TypeDecorator, create_engine, event, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
@@ -15,6 +15,8 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 # PostgreSQL's classes of errors that no statement has earned: the connection, the server's resources, its operator.
 _OUTAGES = ("08", "53", "57P")
+
+T = TypeVar("T")
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -95,6 +97,34 @@ class Store:
         return self._reader
 
 
+class Remembered(Generic[T]):
+    """Values that were read from a store and stay true for as long as nothing is committed there, by anybody.
+
+    At most `most` of them. Where the store has no version (PostgreSQL), nothing is remembered.
+    """
+
+    def __init__(self, store: Store, *, most: int) -> None:
+        self._store = store
+        self._most = most
+        self._values: dict[Hashable, T] = {}
+        self._version: int | None = None
+
+    async def get(self, key: Hashable, read: Callable[[], Awaitable[T | None]]) -> T | None:
+        """Return the value of `key`, read now unless it is remembered; None is never remembered."""
+        version = self._store.version()
+        if version is None:
+            return await read()
+        if version != self._version or len(self._values) >= self._most:
+            self._values.clear()
+            self._version = version
+        value = self._values.get(key)
+        if value is None:
+            value = await read()
+            if value is not None and self._version == version:
+                self._values[key] = value
+        return value
+
+
 def _sqlite_engine(url: str) -> AsyncEngine:
     """Return the engine of a SQLite file.
 
@@ -150,4 +180,5 @@ def is_outage(error: BaseException) -> bool:
             or isinstance(error, OperationalError | InterfaceError)
             or sqlstate.startswith(_OUTAGES)
         )
-    return isinstance(error, PoolTimeoutError | ConnectionError | TimeoutError)
+    # OSError: a refused connection, a host or a socket that is not there, a time-out.
+    return isinstance(error, PoolTimeoutError | OSError)

@@ -6,16 +6,12 @@ local NO_CODE = '"code":"","request_id":""' .. NO_FIELDS
 
 function envoy_on_response(handle)
   local headers = handle:headers()
-  local status, field = headers:get("x-http-status"), headers:get("x-unwrap")
+  local status = headers:get("x-http-status")
   if status then
     headers:replace(":status", status)
   end
   if tonumber(headers:get(":status")) >= 400 then
     finish_error(handle)
-  elseif field then
-    -- {"databases":[…]} becomes […]: a documented list is a bare array, which no message can be.
-    local body = handle:body()
-    body:setBytes(body:getBytes(#field + 4, body:length() - #field - 5))
   end
 end
 

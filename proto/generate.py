@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 import grpc_tools
-from google.api import annotations_pb2
+from google.api import annotations_pb2, httpbody_pb2
 from google.protobuf import descriptor_pb2
 from grpc_tools import protoc
 from protovalidate import ViolationPb
@@ -25,6 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent
 # The field rules are not published as a .proto file, but the validating library carries their descriptor.
 VALIDATE = descriptor_pb2.FileDescriptorProto.FromString(ViolationPb.desc().file.proto.to_binary())
+
+
+_DEPENDENCIES_OF_HTTPBODY = tuple(file.name for file in httpbody_pb2.DESCRIPTOR.dependencies)
 
 
 def main() -> int:
@@ -119,16 +122,23 @@ def _transcoder_set(contract: descriptor_pb2.FileDescriptorSet) -> descriptor_pb
 
     Its `google.rpc.Status` has the fields of our `Error`, so that it prints the bytes of `grpc-status-details-bin` in
     our own shape: number 2 is the message that Status has anyway, the others are appended by the server and unknown to
-    native clients. `response_body` is taken out, because the transcoder knows it for `HttpBody` only; the server tells
-    the edge by a header what to unwrap.
+    native clients. A List RPC answers with `HttpBody`, as the server does for REST callers: a bare array is no message,
+    and the transcoder knows `response_body` for `HttpBody` only.
     """
-    made = descriptor_pb2.FileDescriptorSet()
-    made.CopyFrom(contract)
+    first = (*_DEPENDENCIES_OF_HTTPBODY, httpbody_pb2.DESCRIPTOR.name)  # Envoy reads the files in their order
+    made = descriptor_pb2.FileDescriptorSet(
+        file=sorted(contract.file, key=lambda file: first.index(file.name) if file.name in first else len(first))
+    )
     for file in made.file:
         file.ClearField("source_code_info")
         for service in file.service:
             for method in service.method:
-                method.options.Extensions[annotations_pb2.http].ClearField("response_body")
+                rule = method.options.Extensions[annotations_pb2.http]
+                if rule.response_body:
+                    rule.ClearField("response_body")
+                    method.output_type = f".{httpbody_pb2.HttpBody.DESCRIPTOR.full_name}"
+                    if httpbody_pb2.DESCRIPTOR.name not in file.dependency:
+                        file.dependency.append(httpbody_pb2.DESCRIPTOR.name)
         for message in file.message_type:
             if file.name == "controlplane/api/v1/errors.proto" and message.name == "Error":
                 status = made.file.add(

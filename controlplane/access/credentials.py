@@ -1,7 +1,5 @@
 """From what a request carries to who is calling: the token or the session cookie, looked up by its digest."""
 
-from collections.abc import Awaitable, Callable
-
 from sqlalchemy import bindparam
 from sqlmodel import col, select
 
@@ -15,7 +13,7 @@ from controlplane.clock import Clock
 from controlplane.errors import Unauthenticated
 from controlplane.keys import Keys
 from controlplane.sessions.model import Session
-from controlplane.sql import Store
+from controlplane.sql import Remembered, Store
 from controlplane.tokens.model import Token
 
 COOKIE = "__Host-htx_session"
@@ -56,8 +54,7 @@ class Credentials:
         self._keys = keys
         self._catalog = catalog
         self._clock = clock
-        self._remembered: dict[str, Caller] = {}
-        self._version: int | None = None
+        self._remembered = Remembered[Caller](store, most=_REMEMBERED)
 
     async def find_caller(self, metadata: dict[str, str]) -> Caller | None:
         """Return who is calling, or None when nobody says so.
@@ -72,7 +69,7 @@ class Credentials:
             secret = _session_secret(metadata.get("cookie"))
             if secret is None:
                 return None
-            caller = await self._remember(secret, self._find_session)
+            caller = await self._remembered.get(secret, lambda: self._find_session(secret))
         if caller is None or (caller.expires_at is not None and caller.expires_at <= self._clock.now()):
             raise Unauthenticated
         return caller
@@ -81,21 +78,7 @@ class Credentials:
         secret = authorization[len(_SCHEME) :].strip()
         if not authorization.lower().startswith(_SCHEME) or not is_well_formed_token(secret):
             return None
-        return await self._remember(secret, self._find_token)
-
-    async def _remember(self, secret: str, find: Callable[[str], Awaitable[Caller | None]]) -> Caller | None:
-        version = self._store.version()
-        if version is None:
-            return await find(secret)
-        if version != self._version or len(self._remembered) > _REMEMBERED:
-            self._remembered.clear()
-            self._version = version
-        caller = self._remembered.get(secret)
-        if caller is None:
-            caller = await find(secret)
-            if caller is not None:
-                self._remembered[secret] = caller
-        return caller
+        return await self._remembered.get(secret, lambda: self._find_token(secret))
 
     async def _find_token(self, secret: str) -> Caller | None:
         rows = await self._store.fetch(_TOKEN, {"digests": self._keys.digests(secret)})

@@ -18,6 +18,7 @@ from controlplane.errors import Conflict, NotFound
 from controlplane.ids import new_id
 from controlplane.rpc import etag, paging
 from controlplane.rpc.call import current
+from controlplane.rpc.remembered import remembered
 from controlplane.sql import Store
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -43,6 +44,7 @@ class BackupService(backups_pb2_grpc.BackupServiceServicer):
         self._clock = clock
         self._wake = wake
 
+    @remembered
     async def ListBackups(
         self, request: backups_pb2.ListBackupsRequest, context: Context
     ) -> backups_pb2.ListBackupsResponse:
@@ -87,6 +89,7 @@ class BackupService(backups_pb2_grpc.BackupServiceServicer):
         etag.show(call, backup)
         return to_proto(backup, database=database.name)
 
+    @remembered
     async def GetBackup(self, request: backups_pb2.GetBackupRequest, context: Context) -> backups_pb2.Backup:
         """Show one backup.
 

@@ -33,6 +33,7 @@ from controlplane.ids import new_id
 from controlplane.keys import Keys
 from controlplane.rpc import etag, paging
 from controlplane.rpc.call import Call, current
+from controlplane.rpc.remembered import remembered
 from controlplane.sql import Store
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -68,6 +69,7 @@ class DatabaseService(databases_pb2_grpc.DatabaseServiceServicer):
         self._engines = engines
         self._wake = wake
 
+    @remembered
     async def ListDatabases(
         self, request: databases_pb2.ListDatabasesRequest, context: Context
     ) -> databases_pb2.ListDatabasesResponse:
@@ -120,6 +122,7 @@ class DatabaseService(databases_pb2_grpc.DatabaseServiceServicer):
             raise AlreadyExists("database", wanted.name) from None
         return self._ordered(call, database)
 
+    @remembered
     async def GetDatabase(self, request: databases_pb2.GetDatabaseRequest, context: Context) -> databases_pb2.Database:
         """Show one database.
 

@@ -24,7 +24,6 @@ from controlplane.clock import SystemClock
 from controlplane.local.child import Child
 from controlplane.local.postgres import EmbeddedPostgres
 from controlplane.local.welcome import welcome
-from controlplane.migrations import migrate
 from controlplane.server import StartError
 from controlplane.settings import Settings
 from controlplane.sql import Store
@@ -49,9 +48,10 @@ async def supervise(settings: Settings) -> None:
         stack.enter_context(_data_dir(settings))
         if any(cluster.admin == EMBEDDED for cluster in catalog.clusters):
             await stack.enter_async_context(_postgres(settings))
-        password = await _make_demo_account(settings, catalog)
         await stack.enter_async_context(_server(settings))
         await stack.enter_async_context(_envoy(settings))
+        # Last: a start that fails must not have made a password that nobody was shown.
+        password = await _make_demo_account(settings, catalog)
         click.echo(welcome(settings, DEMO_EMAIL, password))
         await stop.wait()
         click.echo("\nStopping…")
@@ -97,20 +97,6 @@ async def _restart_postgres(postgres: EmbeddedPostgres) -> None:
         await postgres.start()
 
 
-async def _make_demo_account(settings: Settings, catalog: Catalog) -> str | None:
-    """Open an account to try things with if there is none at all; return its password, which is kept nowhere."""
-    store = Store(settings.storage_url)
-    try:
-        await migrate(store)
-        if await count_accounts(store):
-            return None
-        password = secrets.token_urlsafe(12)
-        await create_account(store, catalog, SystemClock(), email=DEMO_EMAIL, password=password)
-    finally:
-        await store.close()
-    return password
-
-
 @asynccontextmanager
 async def _server(settings: Settings) -> AsyncIterator[None]:
     child = Child("server", [sys.executable, "-m", "controlplane", "serve"])
@@ -120,7 +106,7 @@ async def _server(settings: Settings) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def _envoy(settings: Settings) -> AsyncIterator[None]:
-    """Run Envoy; its access log is for programs, so on a terminal it goes to a file.
+    """Run Envoy; its access log is for programs, so on a terminal it goes to a file, as where it has no output.
 
     Raises StartError when its port is taken.
     """
@@ -140,10 +126,33 @@ async def _envoy(settings: Settings) -> AsyncIterator[None]:
         *("--drain-time-s", "2", "--drain-strategy", "immediate"),
     ]
     to_file = settings.log_format == "human" or (settings.log_format == "auto" and sys.stderr.isatty())
+    to_file = to_file or not _can_open_stdout()
     with (logs / "access.log").open("ab") as access_log:
         child = Child("Envoy", command, stdout=access_log if to_file else None)
         async with _running(child, lambda: _edge_is_ready(settings)):
             yield
+
+
+def _can_open_stdout() -> bool:
+    """Tell whether Envoy can log there: it opens it by name, unlike us, which fails for a socket or another's pipe."""
+    try:
+        os.close(os.open("/dev/stdout", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK))
+    except OSError:
+        return False
+    return True
+
+
+async def _make_demo_account(settings: Settings, catalog: Catalog) -> str | None:
+    """Open an account to try things with if there is none at all; return its password, which is kept nowhere."""
+    store = Store(settings.storage_url)
+    try:
+        if await count_accounts(store):
+            return None
+        password = secrets.token_urlsafe(12)
+        await create_account(store, catalog, SystemClock(), email=DEMO_EMAIL, password=password)
+    finally:
+        await store.close()
+    return password
 
 
 @asynccontextmanager

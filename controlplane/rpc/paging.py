@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import re
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 from urllib.parse import urlencode
@@ -10,6 +11,7 @@ from controlplane.errors import BrokenRule, InvalidField
 from controlplane.rpc.call import Call
 
 MAX_PAGE = 1000
+_ID = re.compile(r"[a-z]+_[0-9a-z]+")
 
 
 class PageRequest(Protocol):
@@ -65,8 +67,11 @@ def _size(request: PageRequest) -> int:
 
 def _read_token(token: str) -> str:
     try:
-        return base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True).decode("ascii")
+        last = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True).decode("ascii")
     except (binascii.Error, ValueError):
+        last = ""
+    if _ID.fullmatch(last) is None:
         raise InvalidField(
             BrokenRule("page_token", "is not one that a list has answered with: leave it out to begin again")
-        ) from None
+        )
+    return last

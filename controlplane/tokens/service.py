@@ -1,7 +1,7 @@
 """The servicer of API tokens. Only a login gets here: the policy in the proto says so."""
 
 from collections.abc import Iterable
-from datetime import UTC
+from datetime import UTC, datetime
 from typing import Any
 
 import grpc
@@ -23,6 +23,8 @@ from controlplane.sql import Store
 from controlplane.tokens.model import Token, status_of, to_proto
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+_HIGHEST_RATE = 1_000_000  # the most that a plan can allow; the field takes more than the column does
 
 _LIST = (
     select(Token)
@@ -57,9 +59,7 @@ class TokenService(tokens_pb2_grpc.TokenServiceServicer):
         Raises InvalidField or QuotaExceeded.
         """
         call, wanted, now = current(), request.token, self._clock.now()
-        expires_at = wanted.expires_at.ToDatetime(tzinfo=UTC) if wanted.HasField("expires_at") else None
-        if expires_at is not None and expires_at <= now:
-            raise InvalidField(BrokenRule("expires_at", "must lie in the future"))
+        expires_at = _end(wanted, now=now)
         allowed_ips = _checked(wanted.allowed_ips)
         plan = self._catalog.plan(call.caller.plan)
         await quota.charge(call.session, account_id=call.caller.account_id, kind="tokens", limit=plan.quotas.tokens)
@@ -72,7 +72,7 @@ class TokenService(tokens_pb2_grpc.TokenServiceServicer):
             secret_digest=self._keys.digest(secret),
             prefix=secret[:SHOWN_PREFIX],
             allowed_ips=allowed_ips,
-            rate_limit_per_minute=wanted.rate_limit_per_minute if wanted.HasField("rate_limit_per_minute") else None,
+            rate_limit_per_minute=min(wanted.rate_limit_per_minute, _HIGHEST_RATE) or None,
             created_at=now,
             expires_at=expires_at,
         )
@@ -137,6 +137,22 @@ class TokenService(tokens_pb2_grpc.TokenServiceServicer):
     def _shown(self, call: Call, token: Token, *, secret: str | None = None) -> tokens_pb2.Token:
         plan_rate = self._catalog.plan(call.caller.plan).rate_limit_per_minute
         return to_proto(token, now=self._clock.now(), plan_rate=plan_rate, secret=secret)
+
+
+def _end(wanted: tokens_pb2.CreateToken, *, now: datetime) -> datetime | None:
+    """Return when the token is to expire, if it is.
+
+    Raises InvalidField for a time that has passed, or that no calendar has.
+    """
+    if not wanted.HasField("expires_at"):
+        return None
+    try:
+        expires_at = wanted.expires_at.ToDatetime(tzinfo=UTC)
+    except ValueError:
+        raise InvalidField(BrokenRule("expires_at", "must lie between the years 1 and 9999")) from None
+    if expires_at <= now:
+        raise InvalidField(BrokenRule("expires_at", "must lie in the future"))
+    return expires_at
 
 
 def _checked(texts: Iterable[str]) -> list[str]:

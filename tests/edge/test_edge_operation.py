@@ -16,6 +16,7 @@ from google.protobuf.message import Message
 
 from controlplane.api.v1 import databases_pb2, databases_pb2_grpc
 from controlplane.edge import render
+from controlplane.rpc.bare_list import bare_list
 from tests.edge.conftest import Edge, free_ports, make_certificate, make_settings, running_envoy
 from tests.edge.upstream import Upstream, answering, failing
 
@@ -217,7 +218,7 @@ async def test_reads_survive_the_loss_of_a_server(pair: tuple[Edge, list[Upstrea
     """Both of two servers get work, and when one of them is killed no read fails."""
     edge, servers, sockets = pair
     for server in servers:
-        server.answers["ListDatabases"] = answering(databases_pb2.ListDatabasesResponse(), ("x-unwrap", "databases"))
+        server.answers["ListDatabases"] = answering(bare_list(databases_pb2.ListDatabasesResponse(), "databases"))
     statuses: list[int] = []
 
     async def read(count: int) -> None:

@@ -11,6 +11,7 @@ from google.api import httpbody_pb2
 from google.protobuf import json_format
 
 from controlplane.api.v1 import backups_pb2, databases_pb2, errors_pb2
+from controlplane.rpc.bare_list import bare_list
 from controlplane.rpc.contract import Rpc, rpcs
 from tests.edge.conftest import Edge
 from tests.edge.upstream import Upstream, answering, failing, refusing, rest_headers
@@ -26,7 +27,7 @@ def path_of(rpc: Rpc) -> str:
 
 def no_insides(answer: httpx.Response) -> bool:
     """Whether the answer is free of what only the edge and the server tell each other."""
-    inner = ("grpc-", "x-envoy-", "x-http-status", "x-unwrap", "x-htx-")
+    inner = ("grpc-", "x-envoy-", "x-http-status", "x-htx-")
     return not [name for name in answer.headers if name.startswith(inner)]
 
 
@@ -48,8 +49,8 @@ async def test_every_route_reaches_its_rpc(rpc: Rpc, last: str, edge: Edge, upst
 async def test_a_list_is_a_bare_array(count: int, edge: Edge, upstream: Upstream) -> None:
     """A list of any length is a bare array, with a content-length that holds."""
     items = [databases_pb2.Database(name=f"d{number}", tags={"a": '"},]'}) for number in range(count)]
-    message = databases_pb2.ListDatabasesResponse(databases=items)
-    upstream.answers["ListDatabases"] = answering(message, ("x-unwrap", "databases"), ("link", '</x>; rel="next"'))
+    message = bare_list(databases_pb2.ListDatabasesResponse(databases=items), "databases")
+    upstream.answers["ListDatabases"] = answering(message, ("link", '</x>; rel="next"'))
     answer = await edge.http.get(DATABASES, headers={"accept-encoding": "identity"})
     assert [each["name"] for each in answer.json()] == [each.name for each in items]
     assert int(answer.headers["content-length"]) == len(answer.content)
@@ -58,11 +59,11 @@ async def test_a_list_is_a_bare_array(count: int, edge: Edge, upstream: Upstream
 
 
 @pytest.mark.parametrize("rpc", [rpc for rpc in CONTRACT if rpc.response_body], ids=lambda rpc: rpc.name)
-async def test_every_list_is_unwrapped(rpc: Rpc, edge: Edge, upstream: Upstream) -> None:
+async def test_every_list_is_a_bare_array(rpc: Rpc, edge: Edge, upstream: Upstream) -> None:
     """Each list of the contract is an array of its items."""
     message = rpc.response()
     getattr(message, rpc.response_body).add()
-    upstream.answers[rpc.name] = answering(message, *rest_headers(rpc))
+    upstream.answers[rpc.name] = answering(bare_list(message, rpc.response_body), *rest_headers(rpc))
     items = (await edge.http.get(path_of(rpc))).json()
     assert isinstance(items, list)
     assert len(items) == 1
@@ -71,8 +72,8 @@ async def test_every_list_is_unwrapped(rpc: Rpc, edge: Edge, upstream: Upstream)
 async def test_long_answers_are_compressed_and_those_with_secrets_are_not(edge: Edge, upstream: Upstream) -> None:
     """A list is compressed for a client that asks for it; a password never is."""
     items = [databases_pb2.Database(name=f"d{number}") for number in range(20)]
-    message = databases_pb2.ListDatabasesResponse(databases=items)
-    upstream.answers["ListDatabases"] = answering(message, ("x-unwrap", "databases"))
+    message = bare_list(databases_pb2.ListDatabasesResponse(databases=items), "databases")
+    upstream.answers["ListDatabases"] = answering(message)
     connection = databases_pb2.DatabaseConnection(password="p" * 2000)
     upstream.answers["GetDatabaseConnection"] = answering(connection)
     async with edge.http.stream("GET", DATABASES, headers={"accept-encoding": "gzip"}) as listed:
@@ -151,7 +152,6 @@ async def test_a_client_cannot_say_what_only_the_edge_says(edge: Edge, upstream:
         "x-envoy-original-method": "TRACE",
         "x-envoy-upstream-rq-timeout-ms": "1",
         "x-http-status": "418",
-        "x-unwrap": "x",
         "x-request-id": "11111111-1111-1111-1111-111111111111",
         "grpc-encoding": "gzip",
         "grpc-timeout": "1n",
@@ -165,7 +165,7 @@ async def test_a_client_cannot_say_what_only_the_edge_says(edge: Edge, upstream:
     assert metadata["x-envoy-original-path"] == f"{DATABASES}/a"
     assert metadata["x-envoy-original-method"] == "GET"
     assert metadata["x-request-id"] == answer.headers["x-request-id"] != forged["x-request-id"]
-    assert not set(metadata) & {"x-htx-user", "x-http-status", "x-unwrap", "grpc-encoding", "x-broken-bin", "x!odd"}
+    assert not set(metadata) & {"x-htx-user", "x-http-status", "grpc-encoding", "x-broken-bin", "x!odd"}
     assert answer.status_code == 200
 
 

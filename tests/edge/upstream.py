@@ -11,6 +11,7 @@ from google.rpc import status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from controlplane.api.v1 import errors_pb2
+from controlplane.rpc.bare_list import bare_list
 from controlplane.rpc.contract import Rpc, rpcs
 
 Answer = Callable[[Any, Any], Awaitable[Message]]
@@ -66,6 +67,8 @@ class Upstream(grpc.GenericRpcHandler):
                 return await self.answers[rpc.name](request, context)
             if "x-envoy-original-path" in metadata:
                 await context.send_initial_metadata(rest_headers(rpc))
+                if rpc.response_body:
+                    return bare_list(rpc.response(), rpc.response_body)
             return rpc.response()
 
         return grpc.unary_unary_rpc_method_handler(
@@ -77,8 +80,7 @@ class Upstream(grpc.GenericRpcHandler):
 
 def rest_headers(rpc: Rpc) -> list[tuple[str, str]]:
     """Return what the server tells the edge about the answer to a REST caller."""
-    headers = [("x-http-status", str(rpc.status))] if rpc.status != 200 else []
-    return headers + ([("x-unwrap", rpc.response_body)] if rpc.response_body else [])
+    return [("x-http-status", str(rpc.status))] if rpc.status != 200 else []
 
 
 def answering(message: Message, *headers: tuple[str, str | bytes]) -> Answer:
