@@ -91,7 +91,7 @@ async def stack(folder: Path, database_url: str, catalog: Path) -> AsyncIterator
 async def timed(
     folder: Path, database_url: str, catalog: Path, postgres: EmbeddedPostgres, postgres_port: int
 ) -> AsyncIterator[tuple[Stack, MovableClock]]:
-    """A stack whose clock the tests move, whose edge waits for three seconds only, and whose storage has its own role."""
+    """A stack whose clock the tests move, whose edge waits for 3 seconds only, and whose storage has its own role."""
     url = ""
     if database_url:
         await new_storage(postgres, "timed")
@@ -113,7 +113,7 @@ async def customer(stack: Stack) -> Customer:
 
 @pytest.fixture(scope="module")
 async def somebody(stack: Stack) -> Customer:
-    """A customer for the tests of a module that leave nothing behind: each new one costs two slow password hashes."""
+    """A customer for the tests of a module that leave nothing behind."""
     return await stack.customer()
 
 
@@ -144,6 +144,6 @@ async def native(
 
 
 @pytest.fixture(params=["rest", "native"])
-def door(request: pytest.FixtureRequest, stack: Stack, native: Native) -> Door:
+def door(request: pytest.FixtureRequest, stack: Stack) -> Door:
     """Each of the two doors of the stack in turn."""
-    return Rest(stack.rest) if request.param == "rest" else native
+    return Rest(stack.rest) if request.param == "rest" else Native(stack.channel)

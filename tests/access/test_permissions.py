@@ -1,0 +1,37 @@
+"""What a scope stands for."""
+
+import pytest
+
+from controlplane.access.permissions import SCOPES, permissions_of, permits
+
+READS = {"databases:list", "databases:get", "functions:list", "proxies:list", "catalog:list", "account:get"}
+DATABASE_WRITES = {f"databases:{action}" for action in ("create", "update", "delete", "backup", "connect")}
+
+
+@pytest.mark.parametrize("scope", ["full", None])
+def test_full_is_everything(scope: str | None) -> None:
+    """The full scope, and none at all, permit whatever there is and will be."""
+    assert all(permits(permissions_of(scope), needed) for needed in (*READS, *DATABASE_WRITES, "registry:delete"))
+
+
+@pytest.mark.parametrize("scope", [scope for scope in SCOPES if scope != "full"])
+def test_every_scope_reads_and_only_its_own_product_writes(scope: str) -> None:
+    """A token reads everything; it writes what its scope is named after, and nothing when that is `read`."""
+    held = permissions_of(scope)
+    assert all(permits(held, needed) for needed in READS)
+    assert {needed for needed in DATABASE_WRITES if permits(held, needed)} == (
+        DATABASE_WRITES if scope == "databases" else set()
+    )
+    assert permits(held, "functions:deploy") == (scope == "functions")
+    assert permits(held, "proxies:create") == (scope == "proxies")
+    assert not permits(held, "tokens:create")
+
+
+def test_permissions_match_as_they_are_written() -> None:
+    """A permission holds for itself, a star for all actions of one resource, and nothing by its beginning."""
+    assert permits({"databases:get"}, "databases:get")
+    assert permits({"databases:*"}, "databases:get")
+    assert permits({"*:*"}, "databases:get")
+    assert not permits({"databases:get"}, "databases:delete")
+    assert not permits({"data:*", "databases", "*", "*:get", "databases:g"}, "databases:get")
+    assert not permits(set(), "databases:get")
