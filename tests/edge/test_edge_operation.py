@@ -215,7 +215,7 @@ async def test_a_trusted_proxy_names_the_client(pair: tuple[Edge, list[Upstream]
 
 
 async def test_reads_survive_the_loss_of_a_server(pair: tuple[Edge, list[Upstream], list[Path]]) -> None:
-    """Both of two servers get work, and when one of them is killed no read fails."""
+    """Both of two servers get work, and when one of them is killed no read fails whose answer had not begun."""
     edge, servers, sockets = pair
     for server in servers:
         server.answers["ListDatabases"] = answering(bare_list(databases_pb2.ListDatabasesResponse(), "databases"))

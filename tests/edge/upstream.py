@@ -87,7 +87,8 @@ def answering(message: Message, *headers: tuple[str, str | bytes]) -> Answer:
     """Return a behaviour: this message, with these headers."""
 
     async def answer(_request: Message, context: Any) -> Message:
-        await context.send_initial_metadata(headers)
+        if headers:
+            await context.send_initial_metadata(headers)
         return message
 
     return answer
