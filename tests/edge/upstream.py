@@ -68,7 +68,8 @@ class Upstream(grpc.GenericRpcHandler):
             if "x-envoy-original-path" in metadata:
                 await context.send_initial_metadata(rest_headers(rpc))
                 if rpc.response_body:
-                    return bare_list(rpc.response(), rpc.response_body)
+                    listed: Message = bare_list(rpc.response(), rpc.response_body)
+                    return listed
             return rpc.response()
 
         return grpc.unary_unary_rpc_method_handler(
