@@ -17,6 +17,8 @@ from sqlalchemy.pool import ConnectionPoolEntry
 _OUTAGES = ("08", "53", "57P")
 
 T = TypeVar("T")
+# An error of SQLAlchemy's shows the values of its statement, hashes and addresses among them; logs must not.
+_QUIET: Mapping[str, Any] = {"hide_parameters": True}
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -37,7 +39,7 @@ class Store:
     def __init__(self, url: str) -> None:
         self.url = make_url(url)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
-        self._engine = _sqlite_engine(url) if self.is_sqlite else create_async_engine(url, pool_size=10, max_overflow=5)
+        self._engine = _sqlite_engine(url) if self.is_sqlite else create_async_engine(url, pool_size=10, **_QUIET)
         self._reads = self._engine.execution_options(isolation_level="AUTOCOMMIT")
         self._reader: Connection | None = None
 
@@ -91,7 +93,7 @@ class Store:
 
     def _held_reader(self) -> Connection:
         if self._reader is None:
-            engine = create_engine(f"sqlite:///{self.url.database}", isolation_level="AUTOCOMMIT")
+            engine = create_engine(f"sqlite:///{self.url.database}", isolation_level="AUTOCOMMIT", hide_parameters=True)
             event.listen(engine, "connect", _prepare_reader)
             self._reader = engine.connect()
         return self._reader
@@ -137,7 +139,12 @@ def _sqlite_engine(url: str) -> AsyncEngine:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
     engine = create_async_engine(
-        url, pool_size=1, max_overflow=0, pool_timeout=30, connect_args={"isolation_level": None}
+        url,
+        pool_size=1,
+        max_overflow=0,
+        pool_timeout=30,
+        connect_args={"isolation_level": None},
+        **_QUIET,
     )
     event.listen(engine.sync_engine, "connect", _prepare_writer)
     event.listen(engine.sync_engine, "begin", _begin_immediate)

@@ -23,7 +23,7 @@ from controlplane.observe.metrics import Metrics
 from controlplane.observe.traces import Traces
 from controlplane.rpc import call as calls
 from controlplane.rpc.bare_list import bare_list
-from controlplane.rpc.call import Call
+from controlplane.rpc.call import Answer, Call
 from controlplane.rpc.contract import Rpc
 from controlplane.rpc.idempotency import Idempotency
 from controlplane.rpc.remembered import is_remembered
@@ -43,8 +43,6 @@ OPEN_SERVICES = (
     "grpc.reflection.v1.ServerReflection",
 )
 
-# What is remembered of a read: its bytes, and the headers that go with them.
-_Answer = tuple[bytes, tuple[tuple[str, str], ...]]
 _REMEMBERED = 500  # answers; a page of 20 databases is 5 KB, the longest possible 300 KB
 
 _log = structlog.get_logger("rpc")
@@ -73,7 +71,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         self._metrics = metrics
         self._traces = traces
         self._max_body_bytes = max_body_bytes
-        self._answers = Remembered[_Answer](store, most=_REMEMBERED)
+        self._answers = Remembered[Answer](store, most=_REMEMBERED)
         self._doors: dict[str, Handler] = {}
         self._writes: set[asyncio.Task[bytes]] = set()
 
@@ -188,17 +186,16 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         """Answer a read from memory, if nothing was committed since it was last answered."""
         before = len(call.headers)
 
-        async def read() -> _Answer | None:
-            answer = await self._read(call, method, request, raw, context)
+        async def read() -> Answer | None:
+            message = await self._read(call, method, request, raw, context)
             headers = tuple(call.headers[before:])
             del call.headers[before:]
-            return answer, headers
+            return Answer(message, headers)
 
-        found = await self._answers.get((call.rpc.path, call.caller.account_id, call.rest, raw), read)
-        assert found is not None  # noqa: S101 - read() never answers with nothing
-        answer, headers = found
-        call.headers += headers
-        return answer
+        answer = await self._answers.get((call.rpc.path, call.caller.account_id, call.rest, raw), read)
+        assert answer is not None  # noqa: S101 - read() never answers with nothing
+        call.headers += answer.headers
+        return answer.message
 
     async def _write(self, call: Call, method: Any, request: Message, raw: bytes, context: Context) -> bytes:
         """Answer in a transaction that no caller interrupts by hanging up: it commits or rolls back as a whole."""
@@ -219,15 +216,17 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
             if key is not None:
                 before = await self._idempotency.claim(session, call, key, raw)
                 if before is not None:
-                    call.headers.append(("idempotent-replayed", "true"))
-                    return before
+                    call.headers += (*before.headers, ("idempotent-replayed", "true"))
+                    return before.message
+            headers_before = len(call.headers)
             response: Message = await method(request, context)
             answer = response.SerializeToString()
             if getattr(request, "validate_only", False):
                 await session.rollback()
                 return answer
             if key is not None:
-                await self._idempotency.record(session, call, key, answer)
+                headers = call.headers[headers_before:]
+                await self._idempotency.record(session, call, key, Answer(answer, tuple(headers)))
             await session.commit()
         for then in call.after_commit:
             then()

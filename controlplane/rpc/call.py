@@ -50,6 +50,14 @@ class Call:
         return self.maybe_session
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The bytes of an answer's message, and the headers that the servicer gave it."""
+
+    message: bytes
+    headers: tuple[tuple[str, str], ...]
+
+
 _current: ContextVar[Call] = ContextVar("call")
 
 

@@ -5,6 +5,7 @@ request with the key of one still in flight waits for it: on SQLite for the one 
 """
 
 import hashlib
+import json
 from datetime import datetime, timedelta
 
 from sqlalchemy import CursorResult, bindparam, delete, text
@@ -14,7 +15,7 @@ from sqlmodel import Field, SQLModel, col
 from controlplane.clock import Clock
 from controlplane.errors import BrokenRule, IdempotencyMismatch, InvalidField
 from controlplane.keys import Keys
-from controlplane.rpc.call import Call
+from controlplane.rpc.call import Answer, Call
 from controlplane.sql import UtcDateTime
 
 KEPT = timedelta(hours=24)
@@ -59,7 +60,7 @@ class Idempotency:
             raise InvalidField(BrokenRule("Idempotency-Key", f"must be at most {_LONGEST} characters"))
         return key
 
-    async def claim(self, session: AsyncSession, call: Call, key: str, raw: bytes) -> bytes | None:
+    async def claim(self, session: AsyncSession, call: Call, key: str, raw: bytes) -> Answer | None:
         """Take the key for this call, or return the answer that it had when it was used before.
 
         Raises IdempotencyMismatch if that was for another request.
@@ -83,11 +84,13 @@ class Idempotency:
         before = await self._get(session, call, key)
         if before.request_digest != digest:
             raise IdempotencyMismatch
-        return self._keys.decrypt(before.answer, bound_to=_binding(call, key))
+        headers, _, message = self._keys.decrypt(before.answer, bound_to=_binding(call, key)).partition(b"\n")
+        return Answer(message, tuple((name, value) for name, value in json.loads(headers)))
 
-    async def record(self, session: AsyncSession, call: Call, key: str, answer: bytes) -> None:
+    async def record(self, session: AsyncSession, call: Call, key: str, answer: Answer) -> None:
         """Keep the answer of the call that took the key."""
-        (await self._get(session, call, key)).answer = self._keys.encrypt(answer, bound_to=_binding(call, key))
+        plain = json.dumps(answer.headers).encode() + b"\n" + answer.message
+        (await self._get(session, call, key)).answer = self._keys.encrypt(plain, bound_to=_binding(call, key))
         await session.flush()
 
     async def _get(self, session: AsyncSession, call: Call, key: str) -> IdempotencyKey:

@@ -69,7 +69,8 @@ async def test_a_place_is_free_once_the_thing_is_gone(stack: Stack) -> None:
     assert (await customer.call("POST", "/api/portal/databases", json=four)).status_code == 402
     for _ in range(2):
         await customer.call("DELETE", "/api/portal/databases/one")
-    await customer.until("gone", "/api/portal/databases/one")
+    # To drop a database, PostgreSQL first writes down everything that the other tests have done there.
+    await customer.until("gone", "/api/portal/databases/one", seconds=60)
     assert await used(customer, "databases") == 2
     assert (await customer.call("POST", "/api/portal/databases", json=four)).status_code == 201
     again = await customer.call("POST", "/api/portal/databases", json={**NEW, "name": "one"})

@@ -6,6 +6,8 @@ import re
 import shutil
 import signal
 import stat
+import sys
+import sysconfig
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -14,6 +16,7 @@ import asyncpg
 import httpx
 import pytest
 
+import controlplane
 from tests.cli.conftest import COMMAND, environment
 from tests.stack import eventually, free_port
 
@@ -23,9 +26,9 @@ DATABASES = "/api/portal/databases"
 class Up:
     """A running `controlplane up`, and what it has printed so far."""
 
-    def __init__(self, data_dir: Path, *, prefix: Sequence[str] = ()) -> None:
+    def __init__(self, data_dir: Path, *, command: Sequence[str] = (str(COMMAND),)) -> None:
         self.data_dir = data_dir
-        self.prefix = prefix
+        self.command = command
         self.ports = {
             f"HTX_{name}_PORT": free_port() for name in ("HTTP", "GRPC", "METRICS", "EDGE_METRICS", "POSTGRES")
         }
@@ -40,8 +43,7 @@ class Up:
     async def start(self) -> None:
         """Start it, as a terminal would: in a process group of its own."""
         self.process = await asyncio.create_subprocess_exec(
-            *self.prefix,
-            str(COMMAND),
+            *self.command,
             "up",
             env=environment(self.data_dir, **self.ports),
             stdout=asyncio.subprocess.PIPE,
@@ -227,16 +229,28 @@ async def test_it_needs_no_root(folder: Path) -> None:
     data_dir = folder / "nobody"
     data_dir.mkdir()
     os.chown(data_dir, 65534, 65534)
-    prefix = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs", "--inh-caps=-all")
-    probe = await asyncio.create_subprocess_exec(
-        *prefix, "env", str(COMMAND), "--version", stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
-    )
-    if await probe.wait() != 0:
-        pytest.skip("nobody may not read this checkout or its Python")
-    async with running(Up(data_dir, prefix=prefix)) as up:
+    async with running(Up(data_dir, command=await _as_nobody())) as up:
         await use(up, *up.login(), "analytics")
         assert up.users() == {65534}
         assert {file.stat().st_uid for file in data_dir.rglob("*")} == {65534}
         up.process.send_signal(signal.SIGINT)
         assert await up.end() == 0
         assert up.processes() == {}
+
+
+async def _as_nobody() -> list[str]:
+    """Return how a user without rights runs the command.
+
+    The Python of the checkout may lie in root's home, where nobody gets in; the machine's own then runs the same code.
+    """
+    drop = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs", "--inh-caps=-all"]
+    code = f"PYTHONPATH={Path(controlplane.__file__).parent.parent}:{sysconfig.get_path('purelib')}"
+    # By way of env: setpriv itself still has root's way in when it starts a program.
+    for python in ([sys.executable], [code, "/usr/bin/python3.11"]):
+        command = [*drop, "env", *python, "-m", "controlplane"]
+        probe = await asyncio.create_subprocess_exec(
+            *command, "--version", stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
+        )
+        if await probe.wait() == 0:
+            return command
+    pytest.fail("nobody may not read this checkout: clone it to where every user may look, such as /srv")

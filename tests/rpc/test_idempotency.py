@@ -31,6 +31,7 @@ async def test_the_same_request_is_done_once(customer: Customer, door: Door) -> 
     assert (first.code, again.code) == ("ok", "ok")
     assert again.result == first.result
     assert ("idempotent-replayed" in first.headers, again.headers["idempotent-replayed"]) == (False, "true")
+    assert again.headers["etag"] == first.headers["etag"]
     assert len((await customer.call("GET", DATABASES)).json()) == 1
 
 

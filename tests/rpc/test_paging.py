@@ -54,19 +54,23 @@ async def test_a_native_caller_gets_the_token_in_the_message(lister: Customer, n
     assert [item["name"] for item in first.result + second.result] == ["test", "t-1", "t-2", "t-3", "t-4"]
 
 
-async def test_an_item_that_is_made_meanwhile_comes_last(stack: Stack) -> None:
+async def test_an_item_that_is_made_meanwhile_comes_last(customer: Customer) -> None:
     """What is added or taken away between two pages neither repeats nor hides another item."""
-    customer = await stack.customer()
-    body = {"engine": "postgresql", "sku": "db-s-1vcpu-1gb"}
-    path = "/api/portal/databases"
-    for name in ("one", "two", "three"):
-        await customer.call("POST", path, json={**body, "name": name})
+    await customer.create_database("paged")
+    path = "/api/portal/databases/paged/backups"
+
+    async def back_up() -> str:
+        backup_id: str = (await customer.call("POST", path)).json()["id"]
+        await customer.until("completed", f"{path}/{backup_id}")
+        return backup_id
+
+    made = [await back_up() for _ in range(3)]
     first = await customer.call("GET", f"{path}?page_size=2")
-    await customer.call("DELETE", f"{path}/two")
-    await customer.until("gone", f"{path}/two")
-    await customer.call("POST", path, json={**body, "name": "four"})
+    await customer.call("DELETE", f"{path}/{made[1]}")
+    await customer.until("gone", f"{path}/{made[1]}")
+    made.append(await back_up())
     second = await customer.call("GET", first.links["next"]["url"])
-    assert [item["name"] for item in first.json() + second.json()] == ["one", "two", "three", "four"]
+    assert [item["id"] for item in first.json() + second.json()] == made
 
 
 @pytest.mark.parametrize("size", [-1, 1001, 2147483647])
