@@ -118,8 +118,8 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
             call = calls.enter(rpc, context)
             try:
                 with self._traces.span(call) if self._traces.on else nullcontext():
-                    request = await self._admit(call, raw)
-                    response = await answer(call, method, request, raw, context)
+                    await self._admit(call, raw)
+                    response = await answer(call, method, raw, context)
             except Exception as error:
                 await self._refuse(call, error, context)
                 raise
@@ -143,8 +143,8 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         async def door(raw: bytes, context: Context) -> AsyncIterator[bytes]:
             call = calls.enter(rpc, context)
             try:
-                request = await self._admit(call, raw)
-                async for message in method(request, context):
+                await self._admit(call, raw)
+                async for message in method(read_request(raw, call), context):
                     yield message.SerializeToString()
             except Exception as error:
                 await self._refuse(call, error, context)
@@ -153,8 +153,8 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
 
         return door
 
-    async def _admit(self, call: Call, raw: bytes) -> Message:
-        """Go through everything that stands between a caller and the servicer; return the request."""
+    async def _admit(self, call: Call, raw: bytes) -> None:
+        """Go through everything that stands between a caller and what he asks for."""
         if not call.rpc.access.public:
             caller = call.maybe_caller = await self._credentials.find_caller(call.metadata)
             if caller is not None:
@@ -173,21 +173,22 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         check_same_site(call)
         if len(raw) > self._max_body_bytes:
             raise TooLarge(self._max_body_bytes)
-        return read_request(raw, call)
 
-    async def _read(self, call: Call, method: Any, request: Message, raw: bytes, context: Context) -> bytes:
-        del raw
-        response: Message = await method(request, context)
+    async def _read(self, call: Call, method: Any, raw: bytes, context: Context) -> bytes:
+        response: Message = await method(read_request(raw, call), context)
         if call.rest and call.rpc.response_body:
             response = bare_list(response, call.rpc.response_body)
         return response.SerializeToString()
 
-    async def _reread(self, call: Call, method: Any, request: Message, raw: bytes, context: Context) -> bytes:
-        """Answer a read from memory, if nothing was committed since it was last answered."""
+    async def _reread(self, call: Call, method: Any, raw: bytes, context: Context) -> bytes:
+        """Answer a read from memory, if nothing was committed since it was last answered.
+
+        The same bytes have passed the field rules then; checking them again took as long as all the rest of this.
+        """
         before = len(call.headers)
 
         async def read() -> Answer | None:
-            message = await self._read(call, method, request, raw, context)
+            message = await self._read(call, method, raw, context)
             headers = tuple(call.headers[before:])
             del call.headers[before:]
             return Answer(message, headers)
@@ -197,9 +198,9 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         call.headers += answer.headers
         return answer.message
 
-    async def _write(self, call: Call, method: Any, request: Message, raw: bytes, context: Context) -> bytes:
+    async def _write(self, call: Call, method: Any, raw: bytes, context: Context) -> bytes:
         """Answer in a transaction that no caller interrupts by hanging up: it commits or rolls back as a whole."""
-        task = asyncio.create_task(self._transaction(call, method, request, raw, context))
+        task = asyncio.create_task(self._transaction(call, method, read_request(raw, call), raw, context))
         self._writes.add(task)
         task.add_done_callback(self._written)
         return await asyncio.shield(task)
