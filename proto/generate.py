@@ -77,6 +77,7 @@ def _compile(out: Path) -> Path:
     """Run protoc over our files and the field rules; return the path of all descriptors with their comments."""
     rules, image = out / "rules.binpb", out / "contract.binpb"
     rules.write_bytes(descriptor_pb2.FileDescriptorSet(file=[VALIDATE]).SerializeToString())
+    programs = Path(sys.executable).parent
     site = Path(annotations_pb2.__file__).parent.parent.parent
     arguments = [
         "protoc",
@@ -86,6 +87,7 @@ def _compile(out: Path) -> Path:
         f"--descriptor_set_in={rules}",
         f"--python_out={out}",
         f"--grpc_python_out={out}",
+        *(f"--plugin={plugin}={programs / plugin}" for plugin in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")),
         f"--mypy_out=quiet:{out}",
         f"--mypy_grpc_out=quiet,only_async:{out}",
         "--include_imports",
