@@ -16,11 +16,12 @@ def welcome(settings: Settings, email: str, password: str | None) -> str:
     )
     json = "-H 'Content-Type: application/json'"
     shown = password or "YOUR-PASSWORD"
+    https = f"  HTTPS    https://{host}:{settings.https_port}/api/portal\n" if settings.tls_cert else ""
     return f"""
 {click.style("HTX Cloud is up.", bold=True, fg="green")}
 
   REST     {base}/api/portal   described at {base}/api/openapi
-  gRPC     {settings.grpc_host}:{settings.grpc_port}   with reflection, for buf curl and grpcurl
+{https}  gRPC     {settings.grpc_host}:{settings.grpc_port}   with reflection, for buf curl and grpcurl
   Metrics  http://127.0.0.1:{settings.metrics_port}/metrics of the server, {settings.edge_metrics_port} of Envoy
   Login    {login}
 
