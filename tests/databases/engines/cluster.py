@@ -1,5 +1,6 @@
 """A cluster as the tests of its driver see it: from the superuser's side and from a tenant's."""
 
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,3 +39,15 @@ class Cluster:
             return False
         await connection.close()
         return True
+
+
+def new_target(*, connections: int = 5) -> Target:
+    """Return a tenant that is not there yet, with a password that wants quoting everywhere."""
+    return Target(
+        name=f"db_{secrets.token_hex(8)}", password=f"s3cret'%@ {secrets.token_hex(8)}", connections=connections
+    )
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Return what is in a folder."""
+    return list(folder.iterdir())

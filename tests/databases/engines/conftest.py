@@ -6,9 +6,10 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from controlplane.databases.engines.engine import Target
 from controlplane.databases.engines.postgresql import PostgreSQL
 from controlplane.local.postgres import EmbeddedPostgres
-from tests.databases.engines.cluster import BIN_DIR, Cluster
+from tests.databases.engines.cluster import BIN_DIR, Cluster, new_target
 from tests.stack import free_port
 
 
@@ -30,3 +31,21 @@ async def admin(cluster: Cluster) -> AsyncIterator[asyncpg.Connection]:
     connection = await cluster.admin()
     yield connection
     await connection.close()
+
+
+@pytest.fixture
+async def target(cluster: Cluster) -> AsyncIterator[Target]:
+    """A database that exists."""
+    target = new_target()
+    await cluster.engine.apply(target)
+    yield target
+    await cluster.engine.drop(target.name)
+
+
+@pytest.fixture
+async def other(cluster: Cluster) -> AsyncIterator[Target]:
+    """Another tenant's database."""
+    other = new_target()
+    await cluster.engine.apply(other)
+    yield other
+    await cluster.engine.drop(other.name)

@@ -1,13 +1,10 @@
 """The PostgreSQL driver against a real cluster."""
 
 import asyncio
-import os
-import secrets
 import socket
-import stat
-import subprocess
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import asyncpg
@@ -15,28 +12,7 @@ import pytest
 
 from controlplane.databases.engines.engine import Busy, ClusterUnavailable, EngineError, Target
 from controlplane.databases.engines.postgresql import PostgreSQL
-from tests.databases.engines.cluster import BIN_DIR, Cluster
-
-
-def _target(*, connections: int = 5) -> Target:
-    return Target(
-        name=f"db_{secrets.token_hex(8)}", password=f"s3cret'%@ {secrets.token_hex(8)}", connections=connections
-    )
-
-
-def _changed(target: Target, **changes: object) -> Target:
-    values = {"name": target.name, "password": target.password, "connections": target.connections, **changes}
-    return Target(**values)  # type: ignore[arg-type]
-
-
-def _files(folder: Path) -> list[Path]:
-    return list(folder.iterdir())
-
-
-def _children() -> set[bytes]:
-    """Return the names of our child processes."""
-    stats = [file.read_bytes() for file in Path("/proc/self/task").glob("*/children")]
-    return {Path(f"/proc/{pid.decode()}/comm").read_bytes().strip() for line in stats for pid in line.split()}
+from tests.databases.engines.cluster import BIN_DIR, Cluster, files_in, new_target
 
 
 async def _ended(admin: asyncpg.Connection, target: Target) -> None:
@@ -44,24 +20,6 @@ async def _ended(admin: asyncpg.Connection, target: Target) -> None:
     async with asyncio.timeout(5):
         while await admin.fetchval("SELECT count(*) FROM pg_stat_activity WHERE usename = $1", target.name):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-
-
-@pytest.fixture
-async def target(cluster: Cluster) -> AsyncIterator[Target]:
-    """A database that exists."""
-    target = _target()
-    await cluster.engine.apply(target)
-    yield target
-    await cluster.engine.drop(target.name)
-
-
-@pytest.fixture
-async def other(cluster: Cluster) -> AsyncIterator[Target]:
-    """Another tenant's database."""
-    other = _target()
-    await cluster.engine.apply(other)
-    yield other
-    await cluster.engine.drop(other.name)
 
 
 async def test_use(cluster: Cluster, target: Target) -> None:
@@ -103,12 +61,12 @@ async def test_other_tenant(cluster: Cluster, admin: asyncpg.Connection, target:
 
 async def test_wrong_password(cluster: Cluster, target: Target) -> None:
     """Nobody gets in with another password."""
-    assert not await cluster.answers(_changed(target, password="guess"))
+    assert not await cluster.answers(replace(target, password="guess"))
 
 
 async def test_connection_limit(cluster: Cluster) -> None:
     """One session more than the limit is refused."""
-    target = _target(connections=2)
+    target = new_target(connections=2)
     await cluster.engine.apply(target)
     sessions = [await cluster.tenant(target) for _ in range(2)]
     with pytest.raises(asyncpg.TooManyConnectionsError):
@@ -191,7 +149,7 @@ async def test_dropped_role(cluster: Cluster, admin: asyncpg.Connection, target:
 )
 async def test_resume(cluster: Cluster, admin: asyncpg.Connection, begun: str) -> None:
     """An apply goes on where a crash left the one before."""
-    target = _target()
+    target = new_target()
     for statement in begun.format(name=target.name).split("|"):
         await admin.execute(statement)
     await cluster.engine.apply(target)
@@ -201,7 +159,7 @@ async def test_resume(cluster: Cluster, admin: asyncpg.Connection, begun: str) -
 
 async def test_half_deleted(cluster: Cluster, admin: asyncpg.Connection) -> None:
     """A database whose deletion was interrupted is not passed off as good, and can be deleted."""
-    target = _target()
+    target = new_target()
     await cluster.engine.apply(target)
     await admin.execute("UPDATE pg_database SET datconnlimit = -2 WHERE datname = $1", target.name)
     with pytest.raises(EngineError, match="half deleted"):
@@ -212,7 +170,7 @@ async def test_half_deleted(cluster: Cluster, admin: asyncpg.Connection) -> None
 
 async def test_new_limit_and_password(cluster: Cluster, target: Target) -> None:
     """A new password and a new limit hold at once, and the old password no longer does."""
-    changed = _changed(target, password="n3w", connections=1)
+    changed = replace(target, password="n3w", connections=1)
     await cluster.engine.apply(changed)
     assert not await cluster.answers(target)
     session = await cluster.tenant(changed)
@@ -224,7 +182,7 @@ async def test_no_login(cluster: Cluster, admin: asyncpg.Connection, target: Tar
     """Without login the tenant's sessions end and no new one starts, until it is back, with the data."""
     session = await cluster.tenant(target)
     await session.execute("CREATE TABLE notes (text text)")
-    await cluster.engine.apply(_changed(target, login=False))
+    await cluster.engine.apply(replace(target, login=False))
     await _ended(admin, target)
     session.terminate()
     assert not await cluster.answers(target)
@@ -238,7 +196,7 @@ async def test_no_login(cluster: Cluster, admin: asyncpg.Connection, target: Tar
 async def test_parallel(cluster: Cluster, admin: asyncpg.Connection) -> None:
     """Several first databases at once do not get into each other's way."""
     await admin.execute("GRANT CONNECT ON DATABASE postgres, template1 TO PUBLIC")
-    targets = [_target() for _ in range(6)]
+    targets = [new_target() for _ in range(6)]
     await asyncio.gather(*(cluster.engine.apply(target) for target in targets))
     assert all([await cluster.answers(target) for target in targets])
     await asyncio.gather(*(cluster.engine.drop(target.name) for target in targets))
@@ -248,7 +206,7 @@ async def test_busy(cluster: Cluster, admin: asyncpg.Connection, target: Target)
     """While another worker holds the database's lock, apply and drop are refused and change nothing."""
     await admin.execute("SELECT pg_advisory_lock(hashtextextended($1, 0))", target.name)
     with pytest.raises(Busy):
-        await cluster.engine.apply(_changed(target, password="n3w"))
+        await cluster.engine.apply(replace(target, password="n3w"))
     with pytest.raises(Busy):
         await cluster.engine.drop(target.name)
     assert await cluster.answers(target)
@@ -257,7 +215,7 @@ async def test_busy(cluster: Cluster, admin: asyncpg.Connection, target: Target)
 
 async def test_drop(cluster: Cluster, admin: asyncpg.Connection) -> None:
     """Drop ends open sessions, removes database and role though rights hold it elsewhere, and may be repeated."""
-    target = _target()
+    target = new_target()
     await cluster.engine.apply(target)
     session = await cluster.tenant(target)
     await session.execute("BEGIN; CREATE TABLE notes (text text)")
@@ -290,77 +248,6 @@ async def test_name(cluster: Cluster, tmp_path: Path, name: str) -> None:
             await action
 
 
-async def test_dump(cluster: Cluster, target: Target, other: Target, tmp_path: Path) -> None:
-    """A dump restores into another tenant's database as that tenant, also when its own tenant is locked out."""
-    tenant = await cluster.tenant(target)
-    await tenant.execute("CREATE TABLE notes (n int PRIMARY KEY); INSERT INTO notes SELECT generate_series(1, 1000)")
-    await tenant.close()
-    await cluster.engine.apply(_changed(target, login=False))
-    file = tmp_path / "dump"
-    file.write_text("left over" * 100_000)
-    file.chmod(0o600)
-
-    await cluster.engine.dump(target.name, file)
-
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    uri = cluster.engine.connection(other.name, other.password).uri
-    options = ("--no-owner", "--no-privileges", "--exit-on-error", f"--dbname={uri}")
-    subprocess.run([BIN_DIR / "pg_restore", *options, file], check=True)  # noqa: ASYNC221
-    tenant = await cluster.tenant(other)
-    assert await tenant.fetchval("SELECT sum(n) FROM notes") == 500500
-    assert await tenant.fetchval("SELECT tableowner FROM pg_tables WHERE tablename = 'notes'") == other.name
-    await tenant.close()
-
-
-async def test_dump_of_locked_tables(cluster: Cluster, target: Target, tmp_path: Path) -> None:
-    """A tenant who took rights from himself, or made row-level security bind himself too, still gets a whole dump."""
-    tenant = await cluster.tenant(target)
-    await tenant.execute("CREATE TABLE mine (n int); REVOKE ALL ON mine FROM CURRENT_USER; CREATE TABLE rows (n int)")
-    await tenant.execute("ALTER TABLE rows ENABLE ROW LEVEL SECURITY; ALTER TABLE rows FORCE ROW LEVEL SECURITY")
-    await tenant.close()
-    await cluster.engine.dump(target.name, tmp_path / "dump")
-    assert (tmp_path / "dump").stat().st_size > 0
-
-
-async def test_new_dump_is_private(cluster: Cluster, target: Target, tmp_path: Path) -> None:
-    """Nobody but the control plane reads a dump, whatever the umask."""
-    umask = os.umask(0)
-    await cluster.engine.dump(target.name, tmp_path / "dump")
-    os.umask(umask)
-    assert stat.S_IMODE((tmp_path / "dump").stat().st_mode) == 0o600
-
-
-async def test_failed_dump(cluster: Cluster, tmp_path: Path) -> None:
-    """A dump that fails leaves no file; the customer reads a sentence, the log pg_dump's words."""
-    with pytest.raises(EngineError, match=r"^The database could not be dumped") as failure:
-        await cluster.engine.dump("db_missing", tmp_path / "dump")
-    assert type(failure.value) is EngineError
-    assert '"db_missing" does not exist' in str(failure.value.__cause__)
-    assert not _files(tmp_path)
-
-
-async def test_cancelled_dump(cluster: Cluster, admin: asyncpg.Connection, target: Target, tmp_path: Path) -> None:
-    """A dump that is cancelled ends pg_dump and leaves no file."""
-    tenant = await cluster.tenant(target)
-    await tenant.execute("CREATE TABLE notes (n int)")
-    await tenant.execute("BEGIN; LOCK TABLE notes")
-    dump = asyncio.create_task(cluster.engine.dump(target.name, tmp_path / "dump"))
-    running = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pg_dump' AND wait_event_type = 'Lock'"
-    async with asyncio.timeout(10):
-        while not await admin.fetchval(running):  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
-
-    assert b"pg_dump" in _children()
-
-    dump.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await dump
-
-    assert not _files(tmp_path)
-    assert b"pg_dump" not in _children()
-    await tenant.close()
-
-
 @pytest.fixture
 async def restricted(cluster: Cluster, admin: asyncpg.Connection) -> AsyncIterator[PostgreSQL]:
     """The driver with an admin who has just the two rights it needs, and comes in by TCP with a password."""
@@ -380,15 +267,15 @@ async def test_restricted_admin(
     cluster: Cluster, restricted: PostgreSQL, admin: asyncpg.Connection, tmp_path: Path
 ) -> None:
     """An admin with CREATEROLE and CREATEDB alone suffices for everything but to undo what a superuser gave."""
-    target = _target()
+    target = new_target()
     await restricted.apply(target)
-    await restricted.apply(_changed(target, connections=1))
+    await restricted.apply(replace(target, connections=1))
     session = await cluster.tenant(target)
     assert not await cluster.answers(target)
     await session.execute("CREATE TABLE notes (n int)")
     await restricted.dump(target.name, tmp_path / "dump")
     assert (tmp_path / "dump").read_bytes().startswith(b"PGDMP")
-    await restricted.apply(_changed(target, login=False))
+    await restricted.apply(replace(target, login=False))
     await _ended(admin, target)
     session.terminate()
     assert not await cluster.answers(target)
@@ -413,7 +300,7 @@ async def test_restricted_admin_cannot_isolate(
 ) -> None:
     """An admin who cannot take PUBLIC's right to a system database away says so in the log, and goes on."""
     await admin.execute("GRANT CONNECT ON DATABASE template1 TO PUBLIC")
-    target = _target()
+    target = new_target()
     await restricted.apply(target)
     assert "revoke CONNECT on it" in capsys.readouterr().out
     await cluster.engine.apply(target)
@@ -424,7 +311,7 @@ async def test_statements_hold_no_password(
     cluster: Cluster, admin: asyncpg.Connection, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """No password gets into the server's log, though it logs every statement and they fail."""
-    target = _target()
+    target = new_target()
     settings = {"log_statement": "all", "log_min_messages": "debug1", "log_min_error_statement": "debug5"}
     for setting, value in settings.items():
         await admin.execute(f"ALTER ROLE controlplane SET {setting} = '{value}'")
@@ -432,7 +319,7 @@ async def test_statements_hold_no_password(
     try:
         await cluster.engine.apply(target)
         await admin.execute(f"ALTER ROLE {target.name} RENAME TO gone; CREATE ROLE {target.name} SUPERUSER")
-        await cluster.engine.apply(_changed(target, connections=-2))
+        await cluster.engine.apply(replace(target, connections=-2))
     except EngineError:
         pass
     else:
@@ -458,11 +345,11 @@ async def test_unreachable(tmp_path: Path) -> None:
         engine = PostgreSQL(
             admin_dsn=f"postgresql://admin:s3cret@127.0.0.1:{port}/postgres", host="db", port=5432, bin_dir=BIN_DIR
         )
-        for action in (engine.apply(_target()), engine.drop("db_1"), engine.dump("db_1", tmp_path / "dump")):
+        for action in (engine.apply(new_target()), engine.drop("db_1"), engine.dump("db_1", tmp_path / "dump")):
             with pytest.raises(ClusterUnavailable) as failure:
                 await action
             assert str(failure.value) == "The database cluster is not available at the moment; try again later."
-    assert not _files(tmp_path)
+    assert not files_in(tmp_path)
 
 
 async def test_silent() -> None:
@@ -474,7 +361,7 @@ async def test_silent() -> None:
         engine = PostgreSQL(admin_dsn=dsn, host="db", port=5432, bin_dir=BIN_DIR)
         begin = time.monotonic()
         with pytest.raises(ClusterUnavailable):
-            await engine.apply(_target())
+            await engine.apply(new_target())
         assert time.monotonic() - begin < 5
 
 
@@ -486,7 +373,7 @@ def test_connection() -> None:
     assert (connection.host, connection.port, connection.database, connection.username) == ("::1", 5432, "db_1", "db_1")
     assert "a/b" not in repr(connection)
     assert "a%2Fb" not in repr(connection)
-    assert "s3cret" not in repr(_target())
+    assert "s3cret" not in repr(new_target())
 
 
 def test_admin_dsn() -> None:
