@@ -10,6 +10,7 @@ from pathlib import Path
 
 import asyncpg
 import grpc
+import hypothesis
 import pytest
 
 from controlplane.local.postgres import EmbeddedPostgres
@@ -18,6 +19,10 @@ from tests.doors import Door, Native, Rest
 from tests.stack import Customer, Stack, free_port
 
 CATALOG = Path(__file__).with_name("catalog.toml")
+
+# How long an example takes says nothing on a machine that others share.
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")

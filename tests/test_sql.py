@@ -91,6 +91,20 @@ async def test_the_version_moves_with_another_process(sqlite: Store) -> None:
     assert [row.n for row in await sqlite.fetch(text("SELECT n FROM counters"))] == [7]
 
 
+async def test_the_version_moves_across_a_checkpoint(sqlite: Store) -> None:
+    """A commit is seen also when another process has emptied the log before it, so that the log begins anew."""
+    seen = [sqlite.version()]
+    program = (
+        "import sqlite3, sys; c = sqlite3.connect(sys.argv[1], isolation_level=None);"
+        "c.execute('PRAGMA wal_checkpoint(TRUNCATE)'); c.execute('INSERT INTO counters VALUES (7)')"
+    )
+    for _ in range(3):
+        subprocess.run([sys.executable, "-c", program, str(sqlite.url.database)], check=True)  # noqa: ASYNC221
+        seen.append(sqlite.version())
+    assert len(set(seen)) == 4
+    assert len(await sqlite.fetch(text("SELECT n FROM counters"))) == 3
+
+
 async def test_postgresql_has_no_version(store: Store) -> None:
     """Where there is no cheap version there is None, so that nobody remembers an answer for too long."""
     assert (store.version() is None) == (not store.is_sqlite)
