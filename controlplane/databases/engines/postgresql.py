@@ -56,7 +56,7 @@ _VERIFIER = re.compile(rf"SCRAM-SHA-256\${_ROUNDS}:([A-Za-z0-9+/]{{43}}=)\$[^:]+
 
 
 class PostgreSQL:
-    """One PostgreSQL cluster, version 14 or later.
+    """One PostgreSQL cluster, version 15 or later.
 
     `admin_dsn` is a URL as libpq takes it: `postgresql://admin:secret@host:5432/postgres?sslmode=verify-full`, or
     `postgresql://admin@/postgres?host=/folder/of/the/socket`. The admin is a superuser, or has CREATEROLE and
