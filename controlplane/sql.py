@@ -18,8 +18,6 @@ from sqlalchemy.pool import ConnectionPoolEntry
 _OUTAGES = ("08", "53", "57P")
 
 T = TypeVar("T")
-# An error of SQLAlchemy's shows the values of its statement, hashes and addresses among them; logs must not.
-_QUIET: Mapping[str, Any] = {"hide_parameters": True}
 _WAL_INDEX_HEADER = 48  # bytes
 
 
@@ -41,7 +39,10 @@ class Store:
     def __init__(self, url: str) -> None:
         self.url = make_url(url)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
-        self._engine = _sqlite_engine(url) if self.is_sqlite else create_async_engine(url, pool_size=10, **_QUIET)
+        # hide_parameters, on every engine: an error's text has no values of its statement, such as hashes, for a log.
+        self._engine = (
+            _sqlite_engine(url) if self.is_sqlite else create_async_engine(url, pool_size=10, hide_parameters=True)
+        )
         self._reads = self._engine.execution_options(isolation_level="AUTOCOMMIT")
         self._reader: Connection | None = None
         self._wal_index: mmap.mmap | None = None
@@ -155,7 +156,7 @@ def _sqlite_engine(url: str) -> AsyncEngine:
         max_overflow=0,
         pool_timeout=30,
         connect_args={"isolation_level": None},
-        **_QUIET,
+        hide_parameters=True,
     )
     event.listen(engine.sync_engine, "connect", _prepare_writer)
     event.listen(engine.sync_engine, "begin", _begin_immediate)

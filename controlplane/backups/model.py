@@ -1,10 +1,9 @@
 """The table of backups, and which states there are."""
 
 from datetime import datetime, timedelta
-from typing import Any
 
 from sqlalchemy import BigInteger, Index
-from sqlmodel import Field, col
+from sqlmodel import Field
 
 from controlplane.api.v1 import backups_pb2
 from controlplane.reconcile import Reconciled, progress_of
@@ -34,17 +33,10 @@ class Backup(Reconciled, table=True):
     completed_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
 
 
-def order_deletion(now: datetime) -> dict[str, Any]:
-    """Return the values that order backups away, for an UPDATE of many."""
-    return {
-        "state": DELETING,
-        "generation": col(Backup.generation) + 1,
-        "waiting_on": "its file",
-        "attempts": 0,
-        "last_error": None,
-        "next_attempt_at": now,
-        "deadline_at": None,
-    }
+def order_deletion(backup: Backup, *, now: datetime) -> None:
+    """Want the backup away; once more changes nothing."""
+    if backup.state != DELETING:
+        backup.order(DELETING, now=now, within=None, waiting_on="its file")
 
 
 def to_proto(backup: Backup, *, database: str) -> backups_pb2.Backup:

@@ -9,7 +9,7 @@ from sqlmodel import col, select
 
 from controlplane.access import quota
 from controlplane.api.v1 import backups_pb2, backups_pb2_grpc
-from controlplane.backups.model import DEADLINE, DELETING, ON_DEMAND, RUNNING, Backup, to_proto
+from controlplane.backups.model import DEADLINE, ON_DEMAND, RUNNING, Backup, order_deletion, to_proto
 from controlplane.catalog.model import Catalog
 from controlplane.clock import Clock
 from controlplane.databases.model import READY, Database
@@ -115,8 +115,7 @@ class BackupService(backups_pb2_grpc.BackupServiceServicer):
         if backup is None:
             raise NotFound("backup", request.id)
         etag.check_match(call, backup)
-        if backup.state != DELETING:
-            backup.order(DELETING, now=self._clock.now(), within=None, waiting_on="its file")
+        order_deletion(backup, now=self._clock.now())
         call.after_commit.append(self._wake)
         etag.show(call, backup)
         return to_proto(backup, database=database.name)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import grpc
-from sqlalchemy import bindparam, update
+from sqlalchemy import bindparam
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
@@ -179,9 +179,9 @@ class DatabaseService(databases_pb2_grpc.DatabaseServiceServicer):
                 DELETING, now=now, within=DEADLINES[DELETING], waiting_on=f"cluster {database.cluster_target}"
             )
             database.updated_at = now
-            await call.session.execute(
-                update(Backup).where(col(Backup.database_id) == database.id).values(order_backup_deletion(now))
-            )
+            backups = select(Backup).where(col(Backup.database_id) == database.id).with_for_update()
+            for backup in await call.session.scalars(backups):
+                order_backup_deletion(backup, now=now)
         return self._ordered(call, database)
 
     async def GetDatabaseConnection(

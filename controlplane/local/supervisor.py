@@ -22,7 +22,7 @@ from controlplane.accounts.admin import count_accounts, create_account
 from controlplane.catalog.model import EMBEDDED, Catalog
 from controlplane.clock import SystemClock
 from controlplane.local.child import Child
-from controlplane.local.postgres import EmbeddedPostgres
+from controlplane.local.postgres import EmbeddedPostgres, EmbeddedPostgresError
 from controlplane.local.welcome import welcome
 from controlplane.server import StartError
 from controlplane.settings import Settings
@@ -31,6 +31,7 @@ from controlplane.sql import Store
 DEMO_EMAIL = "demo@example.com"
 _SECONDS_TO_START = 30.0
 _LOOK_EVERY = 0.05
+_RESTART_AFTER = 1.0
 
 _log = structlog.get_logger("up")
 
@@ -94,7 +95,14 @@ async def _restart_postgres(postgres: EmbeddedPostgres) -> None:
         status = await postgres.wait()
         _log.error("the embedded PostgreSQL has ended and is started again", status=status)
         await postgres.stop()
-        await postgres.start()
+        while True:
+            try:
+                await postgres.start()
+            except EmbeddedPostgresError as error:
+                _log.error("the embedded PostgreSQL does not start; it is tried again", error=str(error))
+                await asyncio.sleep(_RESTART_AFTER)
+            else:
+                break
 
 
 @asynccontextmanager
