@@ -44,10 +44,11 @@ async def channel(stack: Stack) -> AsyncIterator[grpc.aio.Channel]:
         return request
 
     streaming = grpc.aio.server(interceptors=[access])
-    for path, handler in (
-        (LIST, grpc.unary_stream_rpc_method_handler(stream)),
-        (UNKNOWN, grpc.unary_unary_rpc_method_handler(answer)),
-    ):
+    handlers: dict[str, Any] = {
+        LIST: grpc.unary_stream_rpc_method_handler(stream),
+        UNKNOWN: grpc.unary_unary_rpc_method_handler(answer),
+    }
+    for path, handler in handlers.items():
         service, method = path.strip("/").split("/")
         streaming.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
     port = streaming.add_insecure_port("127.0.0.1:0")
