@@ -249,8 +249,8 @@ async def run(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
+        server.expose_metrics()  # first: a port that is taken ends the start before anybody was served
         await server.start()
-        server.expose_metrics()
         await stop.wait()
     finally:
         await server.stop()

@@ -103,11 +103,18 @@ class Installation:
         assert process.returncode == 0
 
     async def answers(self) -> None:
-        """Wait until the server answers."""
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{self.port}") as channel:
-            await databases_pb2_grpc.DatabaseServiceStub(channel).ListDatabases(
-                databases_pb2.ListDatabasesRequest(), metadata=self.metadata, wait_for_ready=True, timeout=30
-            )
+        """Wait until the server answers; a connection of the moment of its start may be cut off again."""
+        async with asyncio.timeout(30):
+            while True:
+                async with grpc.aio.insecure_channel(f"127.0.0.1:{self.port}") as channel:
+                    try:
+                        await databases_pb2_grpc.DatabaseServiceStub(channel).ListDatabases(
+                            databases_pb2.ListDatabasesRequest(), metadata=self.metadata, wait_for_ready=True
+                        )
+                    except grpc.aio.AioRpcError as error:
+                        assert error.code() == grpc.StatusCode.UNAVAILABLE, error
+                    else:
+                        return
 
     async def _work(self, prefix: str) -> None:
         """Order one thing after the other, and write down what was acknowledged."""
