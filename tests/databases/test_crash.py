@@ -112,7 +112,8 @@ class Installation:
                             databases_pb2.ListDatabasesRequest(), metadata=self.metadata, wait_for_ready=True
                         )
                     except grpc.aio.AioRpcError as error:
-                        assert error.code() == grpc.StatusCode.UNAVAILABLE, error
+                        if error.code() != grpc.StatusCode.UNAVAILABLE:
+                            raise
                     else:
                         return
 
