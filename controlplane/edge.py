@@ -67,6 +67,8 @@ def _render(settings: Settings, sockets: Sequence[Path], transcoder: Path) -> st
         utf8=_utf8(),
         variables=_variables(contract),
         verbs=_verbs(contract),
+        awaits=_pattern(rpc for rpc in contract if rpc.waits),
+        longest_wait=max(rpc.longest_wait for rpc in contract),
         long_reads=_pattern(rpc for rpc in contract if _answers_long(rpc)),
         reads=_pattern(rpc for rpc in contract if not rpc.writes),
         bodies=[(rpc, _pattern([rpc]), _fields(rpc.request.DESCRIPTOR)[rpc.body]) for rpc in contract if rpc.body],

@@ -7,6 +7,7 @@ descriptors with their comments to a file and nothing else, for buf's checks.
     controlplane/api/openapi.json                        the OpenAPI document
     envoy/transcoder.binpb                               the descriptors as Envoy's transcoder needs them
     envoy/envoy.yaml                                     the edge's configuration with the default settings
+    docs/permissions.md                                  the table of who may call what
 """
 
 import filecmp
@@ -71,6 +72,7 @@ def _generate(root: Path) -> None:
         # In processes of their own, because they import the package that was written just now.
         _write(root / "controlplane/api/openapi.json", _run(str(HERE / "openapi"), str(image)))
         _write(root / "envoy/envoy.yaml", _run("-m", "controlplane.edge"))
+        _write(root / "docs/permissions.md", _run(str(HERE / "permissions.py")))
 
 
 def _compile(out: Path) -> Path:

@@ -2,17 +2,21 @@
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
 from google.api import annotations_pb2, http_pb2
-from google.protobuf.descriptor import FileDescriptor, MethodDescriptor
+from google.protobuf.descriptor import Descriptor, FileDescriptor, MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from controlplane.api import v1
+from controlplane.api.buf.validate import validate_pb2
 from controlplane.api.v1 import access_pb2
+
+_WORD = re.compile("[A-Z][a-z]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +25,9 @@ class Rpc:
 
     `path` is the gRPC path, `/package.Service/Method`. `verb` and `route` are those of the REST route; `body` is the
     request's field that the JSON body fills, `response_body` the response's field that the JSON answer shows, each
-    empty when there is none. `status` is the HTTP status of success, `errors` those of failures that are its own.
+    empty when there is none. `writes` is whether it may change something; a GET that does not say so may not. `status`
+    is the HTTP status of success, `errors` those of failures that are its own. `longest_wait` is for how many seconds a
+    caller can have it wait until there is something to answer with; 0 for an RPC that answers at once.
     """
 
     descriptor: MethodDescriptor
@@ -31,8 +37,10 @@ class Rpc:
     body: str
     response_body: str
     access: access_pb2.Access
+    writes: bool
     status: int
     errors: tuple[int, ...]
+    longest_wait: int
     request: type[Message]
     response: type[Message]
 
@@ -47,9 +55,15 @@ class Rpc:
         return str(self.descriptor.containing_service.full_name)
 
     @property
-    def writes(self) -> bool:
-        """Whether it may change something; a GET may not."""
-        return self.verb != "GET"
+    def waits(self) -> bool:
+        """Whether it may wait until there is something to answer with."""
+        return self.longest_wait > 0
+
+    @property
+    def action(self) -> str:
+        """What it does, as `resource.verb`: `database.create` for CreateDatabase."""
+        verb, *noun = _WORD.findall(self.name)
+        return f"{'_'.join(noun)}.{verb}".lower()
 
 
 class ContractError(Exception):
@@ -104,8 +118,15 @@ def read_rpc(method: MethodDescriptor) -> Rpc:
         body=rule.body,
         response_body=rule.response_body,
         access=access,
+        writes=verb != "get" or options.Extensions[access_pb2.writes],
         status=answer.status or 200,
         errors=tuple(answer.errors),
+        longest_wait=_longest_wait(method.input_type),
         request=GetMessageClass(method.input_type),
         response=GetMessageClass(method.output_type),
     )
+
+
+def _longest_wait(request: Descriptor) -> int:
+    wait = request.fields_by_name.get("wait")
+    return wait.GetOptions().Extensions[validate_pb2.field].int32.lte if wait is not None else 0

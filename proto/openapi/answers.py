@@ -11,8 +11,7 @@ from controlplane.rpc.contract import Rpc, rpcs
 
 HEADERS: dict[str, dict[str, Any]] = {
     "X-Request-Id": {
-        "description": "The id of this request, the same as in an error's `request_id`.",
-        "required": True,
+        "description": "The id of this request, the same as in an error's `request_id`; what is not HTTP has none.",
         "schema": {"type": "string"},
     },
     "ETag": {
@@ -39,12 +38,14 @@ HEADERS: dict[str, dict[str, Any]] = {
         "description": "Seconds until there is one more; absent for a login.",
         "schema": {"type": "integer", "minimum": 1},
     },
+    "Location": {"description": "Where to go on.", "schema": {"type": "string", "format": "uri-reference"}},
+    "Set-Cookie": {"description": "What the browser is to send along from now on.", "schema": {"type": "string"}},
     "Retry-After": {"description": "Seconds to wait before trying again.", "schema": {"type": "integer", "minimum": 1}},
     "WWW-Authenticate": {"description": "How to authenticate.", "schema": {"type": "string", "examples": ["Bearer"]}},
 }
 _RATE_LIMIT = ("RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset")
 # A rate is not known where the edge answers, or before the caller is known.
-_WITHOUT_RATE_LIMIT = {401, 413, 415, 503, 504}
+_WITHOUT_RATE_LIMIT = {401, 413, 415, 431, 503, 504}
 _OTHER_HEADERS = {401: ("WWW-Authenticate",), 429: ("Retry-After",), 503: ("Retry-After",)}
 
 
@@ -110,6 +111,11 @@ _FAILURES: dict[int, tuple[str, str, dict[str, Any]]] = {
         "Rate limit exceeded, see `Retry-After` (`rate_limited`).",
         _as_json(errors.RateLimited(120, retry_after=7)),
     ),
+    431: (
+        "HeadersTooLarge",
+        "The headers are too large, or the path with its query is (`headers_too_large`).",
+        _error("headers_too_large", "The headers are too large: send at most 64, of 16 KB together."),
+    ),
     503: (
         "Unavailable",
         "The service cannot answer right now, see `Retry-After` (`unavailable`).",
@@ -139,14 +145,9 @@ def failures(error: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def answers(rpc: Rpc, *, takes_input: bool, takes_key: bool, schemas: Schemas, comments: Comments) -> dict[str, Any]:
-    """Return the responses of an operation by status.
-
-    `takes_input` tells whether it has parameters or a body, `takes_key` whether it takes an `Idempotency-Key`.
-    """
-    statuses = {*rpc.errors, 503, 504}
-    if takes_input:
-        statuses |= {400}
+def answers(rpc: Rpc, *, takes_key: bool, schemas: Schemas, comments: Comments) -> dict[str, Any]:
+    """Return the responses of an operation by status; `takes_key` tells whether it takes an `Idempotency-Key`."""
+    statuses = {*rpc.errors, 400, 431, 503, 504}
     if not rpc.access.public:
         statuses |= {401, 403, 429}
     if rpc.body:
@@ -162,12 +163,14 @@ def _success(rpc: Rpc, *, takes_key: bool, schemas: Schemas, comments: Comments)
     headers = ["X-Request-Id"]
     if _has_versions(message.full_name):
         headers.append("ETag")
-    if "page_token" in rpc.descriptor.input_type.fields_by_name:
+    if rpc.waits or "page_token" in rpc.descriptor.input_type.fields_by_name:
         headers.append("Link")
     if takes_key:
         headers.append("Idempotent-Replayed")
     if not (rpc.access.public or rpc.access.login):
         headers += _RATE_LIMIT
+    if rpc.status == HTTPStatus.SEE_OTHER:
+        return {"description": "Go on there.", "headers": _headers("X-Request-Id", "Location", "Set-Cookie")}
     if message.full_name == "google.api.HttpBody":
         description, schema = "The document.", {"type": "object"}
     elif rpc.response_body:

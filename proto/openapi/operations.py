@@ -60,7 +60,6 @@ class Operations:
             made["requestBody"] = self._body(rpc)
         made["responses"] = answers(
             rpc,
-            takes_input=bool(parameters or rpc.body),
             takes_key=takes_key,
             schemas=self._schemas,
             comments=self._comments,
@@ -94,7 +93,7 @@ class Operations:
             raise SystemExit(f"The body of {rpc.path} is its field '{rpc.body}': make that field a message.")
         return {
             "description": self._schemas.description(field),
-            "required": is_required(field, answer=False),
+            "required": any(is_required(part, answer=False) for part in message.fields),
             "content": {
                 "application/json": {
                     "schema": self._schemas.refer(message, answer=False),

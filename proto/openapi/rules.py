@@ -17,8 +17,9 @@ _KEYWORDS = {
     "max_pairs": "maxProperties",
 }
 _ELSEWHERE = {"items", "keys", "values"}  # rules of a list's or a map's parts
-# Errors that the edge makes by itself have no list of fields, not even an empty one.
-_LEFT_OUT = {"controlplane.api.v1.Error.fields"}
+# Errors that the edge makes by itself have no list of fields, not even an empty one; and what it cannot even read as
+# HTTP has no id.
+_LEFT_OUT = {"controlplane.api.v1.Error.fields", "controlplane.api.v1.Error.request_id"}
 
 
 def rules_of(field: FieldDescriptor) -> validate_pb2.FieldRules:

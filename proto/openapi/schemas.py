@@ -17,12 +17,18 @@ _SCALARS: dict[int, dict[str, Any]] = {
     FieldDescriptor.TYPE_UINT32: {"type": "integer", "format": "uint32", "minimum": 0},
     FieldDescriptor.TYPE_DOUBLE: {"type": "number", "format": "double"},
 }
-# The contract uses Value for a string that may be null, and Struct for tags to set or, as null, to remove.
+# The contract uses Value for a string that may be null, ListValue for strings that may be absent as a whole, and Struct
+# for tags to set or, as null, to remove.
 _WELL_KNOWN: dict[str, dict[str, Any]] = {
     "google.protobuf.Timestamp": {"type": "string", "format": "date-time"},
     "google.protobuf.Value": {"type": ["string", "null"]},
+    "google.protobuf.ListValue": {"type": "array", "items": {"type": "string"}},
     "google.protobuf.Struct": {"type": "object", "additionalProperties": {"type": ["string", "null"]}},
 }
+
+
+# Where it is a Value although only a list will do: a ListValue would take {} for an empty one.
+_LISTS = {"controlplane.api.v1.UpdateToken.allowed_ips"}
 
 
 class Schemas:
@@ -63,6 +69,8 @@ class Schemas:
     def _describe(self, message: Descriptor, *, answer: bool) -> dict[str, Any]:
         made: dict[str, Any] = {
             "description": self._comments[message.full_name],
+            # The edge refuses what it does not know; an answer may have more one day.
+            "additionalProperties": None if answer else False,
             "required": [field.name for field in message.fields if is_required(field, answer=answer)],
             "properties": {
                 field.name: self.field(field, answer=answer) | {"description": self.description(field)}
@@ -70,13 +78,15 @@ class Schemas:
             },
             "examples": examples(message, answer=answer),
         }
-        return {key: value for key, value in made.items() if value}
+        return {key: value for key, value in made.items() if value not in (None, [], {})}
 
     def _value(self, field: FieldDescriptor, rules: validate_pb2.FieldRules, *, answer: bool) -> dict[str, Any]:
         """Return the schema of the field, or of one item of a list, or one value of a map."""
         message = field.message_type
         if message is None:
             return _SCALARS[field.type] | keywords(rules)
+        if field.full_name in _LISTS:
+            return dict(_WELL_KNOWN["google.protobuf.ListValue"])
         if message.full_name in _WELL_KNOWN:
             return dict(_WELL_KNOWN[message.full_name])
         return self.refer(message, answer=answer)

@@ -86,7 +86,10 @@ Global___Answer: _TypeAlias = Answer  # noqa: Y015
 
 ACCESS_FIELD_NUMBER: _builtins.int
 ANSWER_FIELD_NUMBER: _builtins.int
+WRITES_FIELD_NUMBER: _builtins.int
 access: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.MethodOptions, Global___Access]
 """Who may call this RPC. An RPC without it stops the server from starting."""
 answer: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.MethodOptions, Global___Answer]
 """Which statuses its REST route answers with, beyond those that every route shares."""
+writes: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.MethodOptions, _builtins.bool]
+"""That it changes something though its route is a GET, as a redirect from elsewhere arrives. Other GETs change nothing."""

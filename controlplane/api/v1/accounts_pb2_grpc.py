@@ -40,6 +40,11 @@ class AccountServiceStub:
                 request_serializer=controlplane_dot_api_dot_v1_dot_accounts__pb2.GetAccountRequest.SerializeToString,
                 response_deserializer=controlplane_dot_api_dot_v1_dot_accounts__pb2.Account.FromString,
                 _registered_method=True)
+        self.ChangePassword = channel.unary_unary(
+                '/controlplane.api.v1.AccountService/ChangePassword',
+                request_serializer=controlplane_dot_api_dot_v1_dot_accounts__pb2.ChangePasswordRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_accounts__pb2.Account.FromString,
+                _registered_method=True)
         self.GetMe = channel.unary_unary(
                 '/controlplane.api.v1.AccountService/GetMe',
                 request_serializer=controlplane_dot_api_dot_v1_dot_accounts__pb2.GetMeRequest.SerializeToString,
@@ -60,6 +65,15 @@ class AccountServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ChangePassword(self, request, context):
+        """Change the password
+
+        Ends every other login of the account, and gives this one a new cookie. Tokens go on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetMe(self, request, context):
         """Show the account and the token that is calling
 
@@ -75,6 +89,11 @@ def add_AccountServiceServicer_to_server(servicer, server):
             'GetAccount': grpc.unary_unary_rpc_method_handler(
                     servicer.GetAccount,
                     request_deserializer=controlplane_dot_api_dot_v1_dot_accounts__pb2.GetAccountRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_accounts__pb2.Account.SerializeToString,
+            ),
+            'ChangePassword': grpc.unary_unary_rpc_method_handler(
+                    servicer.ChangePassword,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_accounts__pb2.ChangePasswordRequest.FromString,
                     response_serializer=controlplane_dot_api_dot_v1_dot_accounts__pb2.Account.SerializeToString,
             ),
             'GetMe': grpc.unary_unary_rpc_method_handler(
@@ -110,6 +129,33 @@ class AccountService:
             target,
             '/controlplane.api.v1.AccountService/GetAccount',
             controlplane_dot_api_dot_v1_dot_accounts__pb2.GetAccountRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_accounts__pb2.Account.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ChangePassword(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/controlplane.api.v1.AccountService/ChangePassword',
+            controlplane_dot_api_dot_v1_dot_accounts__pb2.ChangePasswordRequest.SerializeToString,
             controlplane_dot_api_dot_v1_dot_accounts__pb2.Account.FromString,
             options,
             channel_credentials,

@@ -21,6 +21,11 @@ class AccountServiceStub:
 
     The profile, the plan, and of each quota the limit and the use.
     """
+    ChangePassword: _aio.UnaryUnaryMultiCallable[_accounts_pb2.ChangePasswordRequest, _accounts_pb2.Account]
+    """Change the password
+
+    Ends every other login of the account, and gives this one a new cookie. Tokens go on.
+    """
     GetMe: _aio.UnaryUnaryMultiCallable[_accounts_pb2.GetMeRequest, _accounts_pb2.Me]
     """Show the account and the token that is calling
 
@@ -39,6 +44,17 @@ class AccountServiceServicer(metaclass=_abc_1.ABCMeta):
         """Show the account
 
         The profile, the plan, and of each quota the limit and the use.
+        """
+
+    @_abc_1.abstractmethod
+    def ChangePassword(
+        self,
+        request: _accounts_pb2.ChangePasswordRequest,
+        context: _aio.ServicerContext[_accounts_pb2.ChangePasswordRequest, _abc.Awaitable[_accounts_pb2.Account]],
+    ) -> _abc.Awaitable[_accounts_pb2.Account]:
+        """Change the password
+
+        Ends every other login of the account, and gives this one a new cookie. Tokens go on.
         """
 
     @_abc_1.abstractmethod

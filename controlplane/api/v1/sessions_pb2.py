@@ -25,10 +25,11 @@ _sym_db = _symbol_database.Default()
 from controlplane.api.buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from controlplane.api.v1 import access_pb2 as controlplane_dot_api_dot_v1_dot_access__pb2
 from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
+from google.api import httpbody_pb2 as google_dot_api_dot_httpbody__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"controlplane/api/v1/sessions.proto\x12\x13\x63ontrolplane.api.v1\x1a\x1b\x62uf/validate/validate.proto\x1a controlplane/api/v1/access.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc5\x01\n\x07Session\x12\x31\n\x02id\x18\x01 \x01(\tB%\xbaH\"r \x92\x02\x1dse_06fq2v9n7ke4w0xg5s1dzr8tbc\x12\'\n\x05\x65mail\x18\x02 \x01(\tB\x18\xbaH\x15r\x13\x92\x02\x10\x64\x65mo@example.com\x12.\n\ncreated_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"|\n\rCreateSession\x12-\n\x05\x65mail\x18\x01 \x01(\tB\x1e\xbaH\x1br\x16\x18\xfe\x01\x92\x02\x10\x64\x65mo@example.com\xc8\x01\x01\x12<\n\x08password\x18\x02 \x01(\tB*\xbaH\'r\"\x18\x80\x08\x92\x02\x1c\x63orrect horse battery staple\xc8\x01\x01\"S\n\x14\x43reateSessionRequest\x12;\n\x07session\x18\x01 \x01(\x0b\x32\".controlplane.api.v1.CreateSessionB\x06\xbaH\x03\xc8\x01\x01\"\x13\n\x11GetSessionRequest\"\x16\n\x14\x44\x65leteSessionRequest2\x95\x03\n\x0eSessionService\x12\x8e\x01\n\rCreateSession\x12).controlplane.api.v1.CreateSessionRequest\x1a\x1c.controlplane.api.v1.Session\"4\xaa\xbb\x18\x02 \x01\xb2\xbb\x18\x06\x12\x04\x91\x03\x93\x03\x82\xd3\xe4\x93\x02\x1e\"\x13/api/portal/session:\x07session\x12u\n\nGetSession\x12&.controlplane.api.v1.GetSessionRequest\x1a\x1c.controlplane.api.v1.Session\"!\xaa\xbb\x18\x02\x18\x01\x82\xd3\xe4\x93\x02\x15\x12\x13/api/portal/session\x12{\n\rDeleteSession\x12).controlplane.api.v1.DeleteSessionRequest\x1a\x1c.controlplane.api.v1.Session\"!\xaa\xbb\x18\x02\x18\x01\x82\xd3\xe4\x93\x02\x15*\x13/api/portal/sessionb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"controlplane/api/v1/sessions.proto\x12\x13\x63ontrolplane.api.v1\x1a\x1b\x62uf/validate/validate.proto\x1a controlplane/api/v1/access.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x19google/api/httpbody.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x91\x03\n\x07Session\x12\x31\n\x02id\x18\x01 \x01(\tB%\xbaH\"r \x92\x02\x1dse_06fq2v9n7ke4w0xg5s1dzr8tbc\x12\'\n\x05\x65mail\x18\x02 \x01(\tB\x18\xbaH\x15r\x13\x92\x02\x10\x64\x65mo@example.com\x12.\n\ncreated_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0fidle_expires_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0clast_used_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x0clast_used_ip\x18\x07 \x01(\tB\x13\xbaH\x10r\x0e\x92\x02\x0b\x32\x30\x33.0.113.7\x12\'\n\nuser_agent\x18\x08 \x01(\tB\x13\xbaH\x10r\x0e\x92\x02\x0bMozilla/5.0\x12\x0f\n\x07\x63urrent\x18\t \x01(\x08\"|\n\rCreateSession\x12-\n\x05\x65mail\x18\x01 \x01(\tB\x1e\xbaH\x1br\x16\x18\xfe\x01\x92\x02\x10\x64\x65mo@example.com\xc8\x01\x01\x12<\n\x08password\x18\x02 \x01(\tB*\xbaH\'r\"\x18\x80\x08\x92\x02\x1c\x63orrect horse battery staple\xc8\x01\x01\"j\n\x14\x43reateSessionRequest\x12;\n\x07session\x18\x01 \x01(\x0b\x32\".controlplane.api.v1.CreateSessionB\x06\xbaH\x03\xc8\x01\x01\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\"\x13\n\x11GetSessionRequest\"-\n\x14\x44\x65leteSessionRequest\x12\x15\n\rvalidate_only\x18\x01 \x01(\x08\"T\n\x13ListSessionsRequest\x12\x1f\n\tpage_size\x18\x01 \x01(\x05\x42\x0c\xbaH\t\x1a\x07\x18\xe8\x07(\x00@d\x12\x1c\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\"x\n\x14ListSessionsResponse\x12.\n\x08sessions\x18\x01 \x03(\x0b\x32\x1c.controlplane.api.v1.Session\x12\x1c\n\x0fnext_page_token\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x12\n\x10_next_page_token\"d\n\x14RevokeSessionRequest\x12\x35\n\x02id\x18\x01 \x01(\tB)\xbaH&r$\x10\x01\x18@\x92\x02\x1dse_06fq2v9n7ke4w0xg5s1dzr8tbc\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\"]\n\x13\x42\x65ginSessionRequest\x12\x46\n\treturn_to\x18\x01 \x01(\tB3\xbaH0r.\x18\x80\x04\x32%^(/([^/\\\\\\x00-\\x1f][^\\x00-\\x1f]*)?)?$\x92\x02\x01/\"\x8d\x02\n\x14\x46inishSessionRequest\x12/\n\x04\x63ode\x18\x01 \x01(\tB!\xbaH\x1er\x1c\x18\x80 \x92\x02\x16SplxlOBeZQQYbYS6WxSbIA\x12%\n\x05state\x18\x02 \x01(\tB\x16\xbaH\x13r\x11\x18\x80\x04\x92\x02\x0b\x61\x66\x30ifjsldkj\x12\'\n\x05\x65rror\x18\x03 \x01(\tB\x18\xbaH\x15r\x13\x18\x80\x02\x92\x02\raccess_denied\x12#\n\x11\x65rror_description\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80 \x12\x15\n\x03iss\x18\x05 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04\x12\x1f\n\rsession_state\x18\x06 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x08\x12\x17\n\x05scope\x18\x07 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x08\x32\xd4\x07\n\x0eSessionService\x12\x90\x01\n\rCreateSession\x12).controlplane.api.v1.CreateSessionRequest\x1a\x1c.controlplane.api.v1.Session\"6\xaa\xbb\x18\x02 \x01\xb2\xbb\x18\x08\x12\x06\x91\x03\x93\x03\xad\x03\x82\xd3\xe4\x93\x02\x1e\"\x13/api/portal/session:\x07session\x12u\n\nGetSession\x12&.controlplane.api.v1.GetSessionRequest\x1a\x1c.controlplane.api.v1.Session\"!\xaa\xbb\x18\x02\x18\x01\x82\xd3\xe4\x93\x02\x15\x12\x13/api/portal/session\x12{\n\rDeleteSession\x12).controlplane.api.v1.DeleteSessionRequest\x1a\x1c.controlplane.api.v1.Session\"!\xaa\xbb\x18\x02\x18\x01\x82\xd3\xe4\x93\x02\x15*\x13/api/portal/session\x12\x91\x01\n\x0cListSessions\x12(.controlplane.api.v1.ListSessionsRequest\x1a).controlplane.api.v1.ListSessionsResponse\",\xaa\xbb\x18\x02\x18\x01\x82\xd3\xe4\x93\x02 \x12\x14/api/portal/sessionsb\x08sessions\x12\x89\x01\n\rRevokeSession\x12).controlplane.api.v1.RevokeSessionRequest\x1a\x1c.controlplane.api.v1.Session\"/\xaa\xbb\x18\x02\x18\x01\xb2\xbb\x18\x04\x12\x02\x94\x03\x82\xd3\xe4\x93\x02\x1b*\x19/api/portal/sessions/{id}\x12\x83\x01\n\x0c\x42\x65ginSession\x12(.controlplane.api.v1.BeginSessionRequest\x1a\x14.google.api.HttpBody\"3\xaa\xbb\x18\x02 \x01\xb2\xbb\x18\t\x08\xaf\x02\x12\x04\x94\x03\xad\x03\x82\xd3\xe4\x93\x02\x1a\x12\x18/api/portal/session/oidc\x12\x94\x01\n\rFinishSession\x12).controlplane.api.v1.FinishSessionRequest\x1a\x14.google.api.HttpBody\"B\xaa\xbb\x18\x02 \x01\xb2\xbb\x18\x0b\x08\xaf\x02\x12\x06\x91\x03\x94\x03\xad\x03\xb8\xbb\x18\x01\x82\xd3\xe4\x93\x02#\x12!/api/portal/session/oidc/callbackb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,28 +40,72 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SESSION'].fields_by_name['id']._serialized_options = b'\272H\"r \222\002\035se_06fq2v9n7ke4w0xg5s1dzr8tbc'
   _globals['_SESSION'].fields_by_name['email']._loaded_options = None
   _globals['_SESSION'].fields_by_name['email']._serialized_options = b'\272H\025r\023\222\002\020demo@example.com'
+  _globals['_SESSION'].fields_by_name['last_used_ip']._loaded_options = None
+  _globals['_SESSION'].fields_by_name['last_used_ip']._serialized_options = b'\272H\020r\016\222\002\013203.0.113.7'
+  _globals['_SESSION'].fields_by_name['user_agent']._loaded_options = None
+  _globals['_SESSION'].fields_by_name['user_agent']._serialized_options = b'\272H\020r\016\222\002\013Mozilla/5.0'
   _globals['_CREATESESSION'].fields_by_name['email']._loaded_options = None
   _globals['_CREATESESSION'].fields_by_name['email']._serialized_options = b'\272H\033r\026\030\376\001\222\002\020demo@example.com\310\001\001'
   _globals['_CREATESESSION'].fields_by_name['password']._loaded_options = None
   _globals['_CREATESESSION'].fields_by_name['password']._serialized_options = b'\272H\'r\"\030\200\010\222\002\034correct horse battery staple\310\001\001'
   _globals['_CREATESESSIONREQUEST'].fields_by_name['session']._loaded_options = None
   _globals['_CREATESESSIONREQUEST'].fields_by_name['session']._serialized_options = b'\272H\003\310\001\001'
+  _globals['_LISTSESSIONSREQUEST'].fields_by_name['page_size']._loaded_options = None
+  _globals['_LISTSESSIONSREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\t\032\007\030\350\007(\000@d'
+  _globals['_LISTSESSIONSREQUEST'].fields_by_name['page_token']._loaded_options = None
+  _globals['_LISTSESSIONSREQUEST'].fields_by_name['page_token']._serialized_options = b'\272H\005r\003\030\200\002'
+  _globals['_REVOKESESSIONREQUEST'].fields_by_name['id']._loaded_options = None
+  _globals['_REVOKESESSIONREQUEST'].fields_by_name['id']._serialized_options = b'\272H&r$\020\001\030@\222\002\035se_06fq2v9n7ke4w0xg5s1dzr8tbc'
+  _globals['_BEGINSESSIONREQUEST'].fields_by_name['return_to']._loaded_options = None
+  _globals['_BEGINSESSIONREQUEST'].fields_by_name['return_to']._serialized_options = b'\272H0r.\030\200\0042%^(/([^/\\\\\\x00-\\x1f][^\\x00-\\x1f]*)?)?$\222\002\001/'
+  _globals['_FINISHSESSIONREQUEST'].fields_by_name['code']._loaded_options = None
+  _globals['_FINISHSESSIONREQUEST'].fields_by_name['code']._serialized_options = b'\272H\036r\034\030\200 \222\002\026SplxlOBeZQQYbYS6WxSbIA'
+  _globals['_FINISHSESSIONREQUEST'].fields_by_name['state']._loaded_options = None
+  _globals['_FINISHSESSIONREQUEST'].fields_by_name['state']._serialized_options = b'\272H\023r\021\030\200\004\222\002\013af0ifjsldkj'
+  _globals['_FINISHSESSIONREQUEST'].fields_by_name['error']._loaded_options = None
+  _globals['_FINISHSESSIONREQUEST'].fields_by_name['error']._serialized_options = b'\272H\025r\023\030\200\002\222\002\raccess_denied'
+  _globals['_FINISHSESSIONREQUEST'].fields_by_name['error_description']._loaded_options = None
+  _globals['_FINISHSESSIONREQUEST'].fields_by_name['error_description']._serialized_options = b'\272H\005r\003\030\200 '
+  _globals['_FINISHSESSIONREQUEST'].fields_by_name['iss']._loaded_options = None
+  _globals['_FINISHSESSIONREQUEST'].fields_by_name['iss']._serialized_options = b'\272H\005r\003\030\200\004'
+  _globals['_FINISHSESSIONREQUEST'].fields_by_name['session_state']._loaded_options = None
+  _globals['_FINISHSESSIONREQUEST'].fields_by_name['session_state']._serialized_options = b'\272H\005r\003\030\200\010'
+  _globals['_FINISHSESSIONREQUEST'].fields_by_name['scope']._loaded_options = None
+  _globals['_FINISHSESSIONREQUEST'].fields_by_name['scope']._serialized_options = b'\272H\005r\003\030\200\010'
   _globals['_SESSIONSERVICE'].methods_by_name['CreateSession']._loaded_options = None
-  _globals['_SESSIONSERVICE'].methods_by_name['CreateSession']._serialized_options = b'\252\273\030\002 \001\262\273\030\006\022\004\221\003\223\003\202\323\344\223\002\036\"\023/api/portal/session:\007session'
+  _globals['_SESSIONSERVICE'].methods_by_name['CreateSession']._serialized_options = b'\252\273\030\002 \001\262\273\030\010\022\006\221\003\223\003\255\003\202\323\344\223\002\036\"\023/api/portal/session:\007session'
   _globals['_SESSIONSERVICE'].methods_by_name['GetSession']._loaded_options = None
   _globals['_SESSIONSERVICE'].methods_by_name['GetSession']._serialized_options = b'\252\273\030\002\030\001\202\323\344\223\002\025\022\023/api/portal/session'
   _globals['_SESSIONSERVICE'].methods_by_name['DeleteSession']._loaded_options = None
   _globals['_SESSIONSERVICE'].methods_by_name['DeleteSession']._serialized_options = b'\252\273\030\002\030\001\202\323\344\223\002\025*\023/api/portal/session'
-  _globals['_SESSION']._serialized_start=186
-  _globals['_SESSION']._serialized_end=383
-  _globals['_CREATESESSION']._serialized_start=385
-  _globals['_CREATESESSION']._serialized_end=509
-  _globals['_CREATESESSIONREQUEST']._serialized_start=511
-  _globals['_CREATESESSIONREQUEST']._serialized_end=594
-  _globals['_GETSESSIONREQUEST']._serialized_start=596
-  _globals['_GETSESSIONREQUEST']._serialized_end=615
-  _globals['_DELETESESSIONREQUEST']._serialized_start=617
-  _globals['_DELETESESSIONREQUEST']._serialized_end=639
-  _globals['_SESSIONSERVICE']._serialized_start=642
-  _globals['_SESSIONSERVICE']._serialized_end=1047
+  _globals['_SESSIONSERVICE'].methods_by_name['ListSessions']._loaded_options = None
+  _globals['_SESSIONSERVICE'].methods_by_name['ListSessions']._serialized_options = b'\252\273\030\002\030\001\202\323\344\223\002 \022\024/api/portal/sessionsb\010sessions'
+  _globals['_SESSIONSERVICE'].methods_by_name['RevokeSession']._loaded_options = None
+  _globals['_SESSIONSERVICE'].methods_by_name['RevokeSession']._serialized_options = b'\252\273\030\002\030\001\262\273\030\004\022\002\224\003\202\323\344\223\002\033*\031/api/portal/sessions/{id}'
+  _globals['_SESSIONSERVICE'].methods_by_name['BeginSession']._loaded_options = None
+  _globals['_SESSIONSERVICE'].methods_by_name['BeginSession']._serialized_options = b'\252\273\030\002 \001\262\273\030\t\010\257\002\022\004\224\003\255\003\202\323\344\223\002\032\022\030/api/portal/session/oidc'
+  _globals['_SESSIONSERVICE'].methods_by_name['FinishSession']._loaded_options = None
+  _globals['_SESSIONSERVICE'].methods_by_name['FinishSession']._serialized_options = b'\252\273\030\002 \001\262\273\030\013\010\257\002\022\006\221\003\224\003\255\003\270\273\030\001\202\323\344\223\002#\022!/api/portal/session/oidc/callback'
+  _globals['_SESSION']._serialized_start=213
+  _globals['_SESSION']._serialized_end=614
+  _globals['_CREATESESSION']._serialized_start=616
+  _globals['_CREATESESSION']._serialized_end=740
+  _globals['_CREATESESSIONREQUEST']._serialized_start=742
+  _globals['_CREATESESSIONREQUEST']._serialized_end=848
+  _globals['_GETSESSIONREQUEST']._serialized_start=850
+  _globals['_GETSESSIONREQUEST']._serialized_end=869
+  _globals['_DELETESESSIONREQUEST']._serialized_start=871
+  _globals['_DELETESESSIONREQUEST']._serialized_end=916
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=918
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=1002
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1004
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1124
+  _globals['_REVOKESESSIONREQUEST']._serialized_start=1126
+  _globals['_REVOKESESSIONREQUEST']._serialized_end=1226
+  _globals['_BEGINSESSIONREQUEST']._serialized_start=1228
+  _globals['_BEGINSESSIONREQUEST']._serialized_end=1321
+  _globals['_FINISHSESSIONREQUEST']._serialized_start=1324
+  _globals['_FINISHSESSIONREQUEST']._serialized_end=1593
+  _globals['_SESSIONSERVICE']._serialized_start=1596
+  _globals['_SESSIONSERVICE']._serialized_end=2576
 # @@protoc_insertion_point(module_scope)

@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from controlplane.api.v1 import sessions_pb2 as controlplane_dot_api_dot_v1_dot_sessions__pb2
+from google.api import httpbody_pb2 as google_dot_api_dot_httpbody__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -50,6 +51,26 @@ class SessionServiceStub:
                 request_serializer=controlplane_dot_api_dot_v1_dot_sessions__pb2.DeleteSessionRequest.SerializeToString,
                 response_deserializer=controlplane_dot_api_dot_v1_dot_sessions__pb2.Session.FromString,
                 _registered_method=True)
+        self.ListSessions = channel.unary_unary(
+                '/controlplane.api.v1.SessionService/ListSessions',
+                request_serializer=controlplane_dot_api_dot_v1_dot_sessions__pb2.ListSessionsRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_sessions__pb2.ListSessionsResponse.FromString,
+                _registered_method=True)
+        self.RevokeSession = channel.unary_unary(
+                '/controlplane.api.v1.SessionService/RevokeSession',
+                request_serializer=controlplane_dot_api_dot_v1_dot_sessions__pb2.RevokeSessionRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_sessions__pb2.Session.FromString,
+                _registered_method=True)
+        self.BeginSession = channel.unary_unary(
+                '/controlplane.api.v1.SessionService/BeginSession',
+                request_serializer=controlplane_dot_api_dot_v1_dot_sessions__pb2.BeginSessionRequest.SerializeToString,
+                response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
+                _registered_method=True)
+        self.FinishSession = channel.unary_unary(
+                '/controlplane.api.v1.SessionService/FinishSession',
+                request_serializer=controlplane_dot_api_dot_v1_dot_sessions__pb2.FinishSessionRequest.SerializeToString,
+                response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
+                _registered_method=True)
 
 
 class SessionServiceServicer:
@@ -81,6 +102,42 @@ class SessionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListSessions(self, request, context):
+        """List logins
+
+        The account's logins that still hold, oldest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeSession(self, request, context):
+        """End a login
+
+        The session is refused once the answer has left. It may be the one that is asking.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BeginSession(self, request, context):
+        """Log in elsewhere
+
+        Sends the browser to the provider's own login (OpenID Connect), if there is one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FinishSession(self, request, context):
+        """Come back from there
+
+        Where the provider's login sends the browser back to. Sets the session cookie and goes on to the portal.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SessionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -98,6 +155,26 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     servicer.DeleteSession,
                     request_deserializer=controlplane_dot_api_dot_v1_dot_sessions__pb2.DeleteSessionRequest.FromString,
                     response_serializer=controlplane_dot_api_dot_v1_dot_sessions__pb2.Session.SerializeToString,
+            ),
+            'ListSessions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSessions,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_sessions__pb2.ListSessionsRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_sessions__pb2.ListSessionsResponse.SerializeToString,
+            ),
+            'RevokeSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeSession,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_sessions__pb2.RevokeSessionRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_sessions__pb2.Session.SerializeToString,
+            ),
+            'BeginSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.BeginSession,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_sessions__pb2.BeginSessionRequest.FromString,
+                    response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
+            ),
+            'FinishSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.FinishSession,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_sessions__pb2.FinishSessionRequest.FromString,
+                    response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -182,6 +259,114 @@ class SessionService:
             '/controlplane.api.v1.SessionService/DeleteSession',
             controlplane_dot_api_dot_v1_dot_sessions__pb2.DeleteSessionRequest.SerializeToString,
             controlplane_dot_api_dot_v1_dot_sessions__pb2.Session.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSessions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/controlplane.api.v1.SessionService/ListSessions',
+            controlplane_dot_api_dot_v1_dot_sessions__pb2.ListSessionsRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_sessions__pb2.ListSessionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/controlplane.api.v1.SessionService/RevokeSession',
+            controlplane_dot_api_dot_v1_dot_sessions__pb2.RevokeSessionRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_sessions__pb2.Session.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BeginSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/controlplane.api.v1.SessionService/BeginSession',
+            controlplane_dot_api_dot_v1_dot_sessions__pb2.BeginSessionRequest.SerializeToString,
+            google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FinishSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/controlplane.api.v1.SessionService/FinishSession',
+            controlplane_dot_api_dot_v1_dot_sessions__pb2.FinishSessionRequest.SerializeToString,
+            google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
             options,
             channel_credentials,
             insecure,

@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from controlplane.api.v1 import sessions_pb2 as _sessions_pb2
+from google.api import httpbody_pb2 as _httpbody_pb2
 from grpc import aio as _aio
 import abc as _abc_1
 
@@ -27,6 +28,26 @@ class SessionServiceStub:
     """Log out
 
     The session is refused once the answer has left.
+    """
+    ListSessions: _aio.UnaryUnaryMultiCallable[_sessions_pb2.ListSessionsRequest, _sessions_pb2.ListSessionsResponse]
+    """List logins
+
+    The account's logins that still hold, oldest first.
+    """
+    RevokeSession: _aio.UnaryUnaryMultiCallable[_sessions_pb2.RevokeSessionRequest, _sessions_pb2.Session]
+    """End a login
+
+    The session is refused once the answer has left. It may be the one that is asking.
+    """
+    BeginSession: _aio.UnaryUnaryMultiCallable[_sessions_pb2.BeginSessionRequest, _httpbody_pb2.HttpBody]
+    """Log in elsewhere
+
+    Sends the browser to the provider's own login (OpenID Connect), if there is one.
+    """
+    FinishSession: _aio.UnaryUnaryMultiCallable[_sessions_pb2.FinishSessionRequest, _httpbody_pb2.HttpBody]
+    """Come back from there
+
+    Where the provider's login sends the browser back to. Sets the session cookie and goes on to the portal.
     """
 
 class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -60,6 +81,50 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         """Log out
 
         The session is refused once the answer has left.
+        """
+
+    @_abc_1.abstractmethod
+    def ListSessions(
+        self,
+        request: _sessions_pb2.ListSessionsRequest,
+        context: _aio.ServicerContext[_sessions_pb2.ListSessionsRequest, _abc.Awaitable[_sessions_pb2.ListSessionsResponse]],
+    ) -> _abc.Awaitable[_sessions_pb2.ListSessionsResponse]:
+        """List logins
+
+        The account's logins that still hold, oldest first.
+        """
+
+    @_abc_1.abstractmethod
+    def RevokeSession(
+        self,
+        request: _sessions_pb2.RevokeSessionRequest,
+        context: _aio.ServicerContext[_sessions_pb2.RevokeSessionRequest, _abc.Awaitable[_sessions_pb2.Session]],
+    ) -> _abc.Awaitable[_sessions_pb2.Session]:
+        """End a login
+
+        The session is refused once the answer has left. It may be the one that is asking.
+        """
+
+    @_abc_1.abstractmethod
+    def BeginSession(
+        self,
+        request: _sessions_pb2.BeginSessionRequest,
+        context: _aio.ServicerContext[_sessions_pb2.BeginSessionRequest, _abc.Awaitable[_httpbody_pb2.HttpBody]],
+    ) -> _abc.Awaitable[_httpbody_pb2.HttpBody]:
+        """Log in elsewhere
+
+        Sends the browser to the provider's own login (OpenID Connect), if there is one.
+        """
+
+    @_abc_1.abstractmethod
+    def FinishSession(
+        self,
+        request: _sessions_pb2.FinishSessionRequest,
+        context: _aio.ServicerContext[_sessions_pb2.FinishSessionRequest, _abc.Awaitable[_httpbody_pb2.HttpBody]],
+    ) -> _abc.Awaitable[_httpbody_pb2.HttpBody]:
+        """Come back from there
+
+        Where the provider's login sends the browser back to. Sets the session cookie and goes on to the portal.
         """
 
 def add_SessionServiceServicer_to_server(servicer: SessionServiceServicer, server: _aio.Server) -> None: ...

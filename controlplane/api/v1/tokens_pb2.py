@@ -25,10 +25,11 @@ _sym_db = _symbol_database.Default()
 from controlplane.api.buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from controlplane.api.v1 import access_pb2 as controlplane_dot_api_dot_v1_dot_access__pb2
 from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
+from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n controlplane/api/v1/tokens.proto\x12\x13\x63ontrolplane.api.v1\x1a\x1b\x62uf/validate/validate.proto\x1a controlplane/api/v1/access.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x9b\x05\n\x05Token\x12\x31\n\x02id\x18\x01 \x01(\tB%\xbaH\"r \x92\x02\x1dtk_06fq2v9n7ke4w0xg5s1dzr8tbc\x12\x18\n\x04name\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x92\x02\x02\x63i\x12\x46\n\x05scope\x18\x03 \x01(\tB7\xbaH4r2R\x04\x66ullR\x04readR\tdatabasesR\tfunctionsR\x07proxies\x92\x02\x04\x66ull\x12 \n\x06prefix\x18\x04 \x01(\tB\x10\xbaH\rr\x0b\x92\x02\x08htx_Zk3v\x12-\n\x0b\x61llowed_ips\x18\x05 \x03(\tB\x18\xbaH\x15\x92\x01\x12\"\x10r\x0e\x92\x02\x0b\x32\x30\x33.0.113.7\x12&\n\x15rate_limit_per_minute\x18\x06 \x01(\rB\x07\xbaH\x04*\x02@x\x12\x38\n\x06status\x18\x07 \x01(\tB(\xbaH%r#R\x06\x61\x63tiveR\x07revokedR\x07\x65xpired\x92\x02\x06\x61\x63tive\x12.\n\ncreated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\nexpires_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x88\x01\x01\x12\x33\n\nrevoked_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x01\x88\x01\x01\x12\x33\n\nrotated_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x02\x88\x01\x01\x12\x44\n\x05token\x18\x0c \x01(\tB0\xbaH-r+\x92\x02(htx_xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxH\x03\x88\x01\x01\x42\r\n\x0b_expires_atB\r\n\x0b_revoked_atB\r\n\x0b_rotated_atB\x08\n\x06_token\"\xca\x02\n\x0b\x43reateToken\x12\x1d\n\x04name\x18\x01 \x01(\tB\x0f\xbaH\x0cr\x07\x18\x64\x92\x02\x02\x63i\xc8\x01\x01\x12P\n\x05scope\x18\x02 \x01(\tB<\xbaH9r7R\x04\x66ullR\x04readR\tdatabasesR\tfunctionsR\x07proxies\x92\x02\tdatabasesH\x00\x88\x01\x01\x12\x33\n\x0b\x61llowed_ips\x18\x03 \x03(\tB\x1e\xbaH\x1b\x92\x01\x18\x10\x64\"\x14r\x12\x10\x01\x18@\x92\x02\x0b\x32\x30\x33.0.113.7\x12\x33\n\nexpires_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x01\x88\x01\x01\x12-\n\x15rate_limit_per_minute\x18\x05 \x01(\rB\t\xbaH\x06*\x04(\x01@<H\x02\x88\x01\x01\x42\x08\n\x06_scopeB\r\n\x0b_expires_atB\x18\n\x16_rate_limit_per_minute\"R\n\x11ListTokensRequest\x12\x1f\n\tpage_size\x18\x01 \x01(\x05\x42\x0c\xbaH\t\x1a\x07\x18\xe8\x07(\x00@d\x12\x1c\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\"r\n\x12ListTokensResponse\x12*\n\x06tokens\x18\x01 \x03(\x0b\x32\x1a.controlplane.api.v1.Token\x12\x1c\n\x0fnext_page_token\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x12\n\x10_next_page_token\"d\n\x12\x43reateTokenRequest\x12\x37\n\x05token\x18\x01 \x01(\x0b\x32 .controlplane.api.v1.CreateTokenB\x06\xbaH\x03\xc8\x01\x01\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\"H\n\x0fGetTokenRequest\x12\x35\n\x02id\x18\x01 \x01(\tB)\xbaH&r$\x10\x01\x18@\x92\x02\x1dtk_06fq2v9n7ke4w0xg5s1dzr8tbc\"b\n\x12RotateTokenRequest\x12\x35\n\x02id\x18\x01 \x01(\tB)\xbaH&r$\x10\x01\x18@\x92\x02\x1dtk_06fq2v9n7ke4w0xg5s1dzr8tbc\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\"b\n\x12\x44\x65leteTokenRequest\x12\x35\n\x02id\x18\x01 \x01(\tB)\xbaH&r$\x10\x01\x18@\x92\x02\x1dtk_06fq2v9n7ke4w0xg5s1dzr8tbc\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\x32\xb3\x05\n\x0cTokenService\x12\x87\x01\n\nListTokens\x12&.controlplane.api.v1.ListTokensRequest\x1a\'.controlplane.api.v1.ListTokensResponse\"(\xaa\xbb\x18\x02\x18\x01\x82\xd3\xe4\x93\x02\x1c\x12\x12/api/portal/tokensb\x06tokens\x12\x86\x01\n\x0b\x43reateToken\x12\'.controlplane.api.v1.CreateTokenRequest\x1a\x1a.controlplane.api.v1.Token\"2\xaa\xbb\x18\x02\x18\x01\xb2\xbb\x18\x07\x08\xc9\x01\x12\x02\x92\x03\x82\xd3\xe4\x93\x02\x1b\"\x12/api/portal/tokens:\x05token\x12{\n\x08GetToken\x12$.controlplane.api.v1.GetTokenRequest\x1a\x1a.controlplane.api.v1.Token\"-\xaa\xbb\x18\x02\x18\x01\xb2\xbb\x18\x04\x12\x02\x94\x03\x82\xd3\xe4\x93\x02\x19\x12\x17/api/portal/tokens/{id}\x12\x8c\x01\n\x0bRotateToken\x12\'.controlplane.api.v1.RotateTokenRequest\x1a\x1a.controlplane.api.v1.Token\"8\xaa\xbb\x18\x02\x18\x01\xb2\xbb\x18\x08\x12\x06\x94\x03\x99\x03\x9c\x03\x82\xd3\xe4\x93\x02 \"\x1e/api/portal/tokens/{id}/rotate\x12\x83\x01\n\x0b\x44\x65leteToken\x12\'.controlplane.api.v1.DeleteTokenRequest\x1a\x1a.controlplane.api.v1.Token\"/\xaa\xbb\x18\x02\x18\x01\xb2\xbb\x18\x06\x12\x04\x94\x03\x9c\x03\x82\xd3\xe4\x93\x02\x19*\x17/api/portal/tokens/{id}b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n controlplane/api/v1/tokens.proto\x12\x13\x63ontrolplane.api.v1\x1a\x1b\x62uf/validate/validate.proto\x1a controlplane/api/v1/access.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa0\t\n\x05Token\x12\x31\n\x02id\x18\x01 \x01(\tB%\xbaH\"r \x92\x02\x1dtk_06fq2v9n7ke4w0xg5s1dzr8tbc\x12\x18\n\x04name\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x92\x02\x02\x63i\x12N\n\x05scope\x18\x03 \x01(\tB?\xbaH<r:R\x04\x66ullR\x04readR\tdatabasesR\tfunctionsR\x07proxiesR\x06\x63ustom\x92\x02\x04\x66ull\x12 \n\x06prefix\x18\x04 \x01(\tB\x10\xbaH\rr\x0b\x92\x02\x08htx_Zk3v\x12-\n\x0b\x61llowed_ips\x18\x05 \x03(\tB\x18\xbaH\x15\x92\x01\x12\"\x10r\x0e\x92\x02\x0b\x32\x30\x33.0.113.7\x12&\n\x15rate_limit_per_minute\x18\x06 \x01(\rB\x07\xbaH\x04*\x02@x\x12\x38\n\x06status\x18\x07 \x01(\tB(\xbaH%r#R\x06\x61\x63tiveR\x07revokedR\x07\x65xpired\x92\x02\x06\x61\x63tive\x12.\n\ncreated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\nexpires_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x88\x01\x01\x12\x33\n\nrevoked_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x01\x88\x01\x01\x12\x33\n\nrotated_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x02\x88\x01\x01\x12\x44\n\x05token\x18\x0c \x01(\tB0\xbaH-r+\x92\x02(htx_xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxH\x03\x88\x01\x01\x12%\n\x0bpermissions\x18\r \x03(\tB\x10\xbaH\r\x92\x01\n\"\x08r\x06\x92\x02\x03*:*\x12\x35\n\x0clast_used_at\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x04\x88\x01\x01\x12.\n\x0clast_used_ip\x18\x0f \x01(\tB\x13\xbaH\x10r\x0e\x92\x02\x0b\x32\x30\x33.0.113.7H\x05\x88\x01\x01\x12\x18\n\x10refused_requests\x18\x10 \x01(\r\x12\x38\n\x0flast_refused_at\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x06\x88\x01\x01\x12\x35\n\x10used_permissions\x18\x12 \x03(\tB\x1b\xbaH\x18\x92\x01\x15\"\x13r\x11\x92\x02\x0e\x64\x61tabases:list\x12\x41\n\x0fleast_privilege\x18\x13 \x01(\x0b\x32#.controlplane.api.v1.LeastPrivilegeH\x07\x88\x01\x01\x12\x41\n\x0fprevious_secret\x18\x14 \x01(\x0b\x32#.controlplane.api.v1.PreviousSecretH\x08\x88\x01\x01\x42\r\n\x0b_expires_atB\r\n\x0b_revoked_atB\r\n\x0b_rotated_atB\x08\n\x06_tokenB\x0f\n\r_last_used_atB\x0f\n\r_last_used_ipB\x12\n\x10_last_refused_atB\x12\n\x10_least_privilegeB\x12\n\x10_previous_secret\"n\n\x0eLeastPrivilege\x12 \n\x05scope\x18\x01 \x01(\tB\x0c\xbaH\tr\x07\x92\x02\x04readH\x00\x88\x01\x01\x12\x30\n\x0bpermissions\x18\x02 \x03(\tB\x1b\xbaH\x18\x92\x01\x15\"\x13r\x11\x92\x02\x0e\x64\x61tabases:listB\x08\n\x06_scope\"\xaa\x01\n\x0ePreviousSecret\x12 \n\x06prefix\x18\x01 \x01(\tB\x10\xbaH\rr\x0b\x92\x02\x08htx_8sWq\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x35\n\x0clast_used_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x88\x01\x01\x42\x0f\n\r_last_used_at\"\x94\x05\n\x0b\x43reateToken\x12\x1d\n\x04name\x18\x01 \x01(\tB\x0f\xbaH\x0cr\x07\x18\x64\x92\x02\x02\x63i\xc8\x01\x01\x12P\n\x05scope\x18\x02 \x01(\tB<\xbaH9r7R\x04\x66ullR\x04readR\tdatabasesR\tfunctionsR\x07proxies\x92\x02\tdatabasesH\x00\x88\x01\x01\x12\x33\n\x0b\x61llowed_ips\x18\x03 \x03(\tB\x1e\xbaH\x1b\x92\x01\x18\x10\x64\"\x14r\x12\x10\x01\x18@\x92\x02\x0b\x32\x30\x33.0.113.7\x12\x33\n\nexpires_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x01\x88\x01\x01\x12-\n\x15rate_limit_per_minute\x18\x05 \x01(\rB\t\xbaH\x06*\x04(\x01@<H\x02\x88\x01\x01\x12\xb7\x02\n\x0bpermissions\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.ListValueB\x80\x02\xbaH\xfc\x01\xba\x01\xf8\x01\n\x11permissions.items\x12Lmust be a list of 1 to 100 permissions such as databases:list or databases:*\x1a\x94\x01size(this) >= 1 && size(this) <= 100 && this.all(v, type(v) == string && string(v).matches(\'^([a-z][a-z-]{0,30}:([a-z][a-z-]{0,30}|[*])|[*]:[*])$\'))H\x03\x88\x01\x01\x42\x08\n\x06_scopeB\r\n\x0b_expires_atB\x18\n\x16_rate_limit_per_minuteB\x0e\n\x0c_permissions\"\xe4\x03\n\x0bUpdateToken\x12!\n\x04name\x18\x01 \x01(\tB\x0e\xbaH\x0br\t\x10\x01\x18\x64\x92\x02\x02\x63iH\x00\x88\x01\x01\x12\xe3\x01\n\x0b\x61llowed_ips\x18\x02 \x01(\x0b\x32\x16.google.protobuf.ValueB\xb5\x01\xbaH\xb1\x01\xba\x01\xad\x01\n\x11\x61llowed_ips.items\x12\x34must be a list of at most 100 addresses and networks\x1a\x62type(this) == list && size(this) <= 100 && this.all(v, type(v) == string && size(string(v)) <= 64)\x12\xb3\x01\n\nexpires_at\x18\x03 \x01(\x0b\x32\x16.google.protobuf.ValueB\x81\x01\xbaH~\xba\x01{\n\x0f\x65xpires_at.kind\x12\x42\x61 time is a string such as 2027-01-31T12:00:00Z, or null for never\x1a$this == null || type(this) == stringH\x01\x88\x01\x01\x42\x07\n\x05_nameB\r\n\x0b_expires_at\"i\n\x0bRotateToken\x12(\n\rgrace_seconds\x18\x01 \x01(\rB\x0c\xbaH\t*\x07\x18\x80\xf5$@\x90\x1cH\x00\x88\x01\x01\x12\x13\n\x06narrow\x18\x02 \x01(\x08H\x01\x88\x01\x01\x42\x10\n\x0e_grace_secondsB\t\n\x07_narrow\"R\n\x11ListTokensRequest\x12\x1f\n\tpage_size\x18\x01 \x01(\x05\x42\x0c\xbaH\t\x1a\x07\x18\xe8\x07(\x00@d\x12\x1c\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\"r\n\x12ListTokensResponse\x12*\n\x06tokens\x18\x01 \x03(\x0b\x32\x1a.controlplane.api.v1.Token\x12\x1c\n\x0fnext_page_token\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x12\n\x10_next_page_token\"d\n\x12\x43reateTokenRequest\x12\x37\n\x05token\x18\x01 \x01(\x0b\x32 .controlplane.api.v1.CreateTokenB\x06\xbaH\x03\xc8\x01\x01\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\"H\n\x0fGetTokenRequest\x12\x35\n\x02id\x18\x01 \x01(\tB)\xbaH&r$\x10\x01\x18@\x92\x02\x1dtk_06fq2v9n7ke4w0xg5s1dzr8tbc\"\x9b\x01\n\x12UpdateTokenRequest\x12\x35\n\x02id\x18\x01 \x01(\tB)\xbaH&r$\x10\x01\x18@\x92\x02\x1dtk_06fq2v9n7ke4w0xg5s1dzr8tbc\x12\x37\n\x05token\x18\x02 \x01(\x0b\x32 .controlplane.api.v1.UpdateTokenB\x06\xbaH\x03\xc8\x01\x01\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"\x96\x01\n\x12RotateTokenRequest\x12\x35\n\x02id\x18\x01 \x01(\tB)\xbaH&r$\x10\x01\x18@\x92\x02\x1dtk_06fq2v9n7ke4w0xg5s1dzr8tbc\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\x12\x32\n\x08rotation\x18\x03 \x01(\x0b\x32 .controlplane.api.v1.RotateToken\"b\n\x12\x44\x65leteTokenRequest\x12\x35\n\x02id\x18\x01 \x01(\tB)\xbaH&r$\x10\x01\x18@\x92\x02\x1dtk_06fq2v9n7ke4w0xg5s1dzr8tbc\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\x32\xce\x06\n\x0cTokenService\x12\x87\x01\n\nListTokens\x12&.controlplane.api.v1.ListTokensRequest\x1a\'.controlplane.api.v1.ListTokensResponse\"(\xaa\xbb\x18\x02\x18\x01\x82\xd3\xe4\x93\x02\x1c\x12\x12/api/portal/tokensb\x06tokens\x12\x86\x01\n\x0b\x43reateToken\x12\'.controlplane.api.v1.CreateTokenRequest\x1a\x1a.controlplane.api.v1.Token\"2\xaa\xbb\x18\x02\x18\x01\xb2\xbb\x18\x07\x08\xc9\x01\x12\x02\x92\x03\x82\xd3\xe4\x93\x02\x1b\"\x12/api/portal/tokens:\x05token\x12{\n\x08GetToken\x12$.controlplane.api.v1.GetTokenRequest\x1a\x1a.controlplane.api.v1.Token\"-\xaa\xbb\x18\x02\x18\x01\xb2\xbb\x18\x04\x12\x02\x94\x03\x82\xd3\xe4\x93\x02\x19\x12\x17/api/portal/tokens/{id}\x12\x8e\x01\n\x0bUpdateToken\x12\'.controlplane.api.v1.UpdateTokenRequest\x1a\x1a.controlplane.api.v1.Token\":\xaa\xbb\x18\x02\x18\x01\xb2\xbb\x18\n\x12\x08\x92\x03\x94\x03\x99\x03\x9c\x03\x82\xd3\xe4\x93\x02 2\x17/api/portal/tokens/{id}:\x05token\x12\x96\x01\n\x0bRotateToken\x12\'.controlplane.api.v1.RotateTokenRequest\x1a\x1a.controlplane.api.v1.Token\"B\xaa\xbb\x18\x02\x18\x01\xb2\xbb\x18\x08\x12\x06\x94\x03\x99\x03\x9c\x03\x82\xd3\xe4\x93\x02*\"\x1e/api/portal/tokens/{id}/rotate:\x08rotation\x12\x83\x01\n\x0b\x44\x65leteToken\x12\'.controlplane.api.v1.DeleteTokenRequest\x1a\x1a.controlplane.api.v1.Token\"/\xaa\xbb\x18\x02\x18\x01\xb2\xbb\x18\x06\x12\x04\x94\x03\x9c\x03\x82\xd3\xe4\x93\x02\x19*\x17/api/portal/tokens/{id}b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,7 +41,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKEN'].fields_by_name['name']._loaded_options = None
   _globals['_TOKEN'].fields_by_name['name']._serialized_options = b'\272H\007r\005\222\002\002ci'
   _globals['_TOKEN'].fields_by_name['scope']._loaded_options = None
-  _globals['_TOKEN'].fields_by_name['scope']._serialized_options = b'\272H4r2R\004fullR\004readR\tdatabasesR\tfunctionsR\007proxies\222\002\004full'
+  _globals['_TOKEN'].fields_by_name['scope']._serialized_options = b'\272H<r:R\004fullR\004readR\tdatabasesR\tfunctionsR\007proxiesR\006custom\222\002\004full'
   _globals['_TOKEN'].fields_by_name['prefix']._loaded_options = None
   _globals['_TOKEN'].fields_by_name['prefix']._serialized_options = b'\272H\rr\013\222\002\010htx_Zk3v'
   _globals['_TOKEN'].fields_by_name['allowed_ips']._loaded_options = None
@@ -51,6 +52,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKEN'].fields_by_name['status']._serialized_options = b'\272H%r#R\006activeR\007revokedR\007expired\222\002\006active'
   _globals['_TOKEN'].fields_by_name['token']._loaded_options = None
   _globals['_TOKEN'].fields_by_name['token']._serialized_options = b'\272H-r+\222\002(htx_xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx'
+  _globals['_TOKEN'].fields_by_name['permissions']._loaded_options = None
+  _globals['_TOKEN'].fields_by_name['permissions']._serialized_options = b'\272H\r\222\001\n\"\010r\006\222\002\003*:*'
+  _globals['_TOKEN'].fields_by_name['last_used_ip']._loaded_options = None
+  _globals['_TOKEN'].fields_by_name['last_used_ip']._serialized_options = b'\272H\020r\016\222\002\013203.0.113.7'
+  _globals['_TOKEN'].fields_by_name['used_permissions']._loaded_options = None
+  _globals['_TOKEN'].fields_by_name['used_permissions']._serialized_options = b'\272H\030\222\001\025\"\023r\021\222\002\016databases:list'
+  _globals['_LEASTPRIVILEGE'].fields_by_name['scope']._loaded_options = None
+  _globals['_LEASTPRIVILEGE'].fields_by_name['scope']._serialized_options = b'\272H\tr\007\222\002\004read'
+  _globals['_LEASTPRIVILEGE'].fields_by_name['permissions']._loaded_options = None
+  _globals['_LEASTPRIVILEGE'].fields_by_name['permissions']._serialized_options = b'\272H\030\222\001\025\"\023r\021\222\002\016databases:list'
+  _globals['_PREVIOUSSECRET'].fields_by_name['prefix']._loaded_options = None
+  _globals['_PREVIOUSSECRET'].fields_by_name['prefix']._serialized_options = b'\272H\rr\013\222\002\010htx_8sWq'
   _globals['_CREATETOKEN'].fields_by_name['name']._loaded_options = None
   _globals['_CREATETOKEN'].fields_by_name['name']._serialized_options = b'\272H\014r\007\030d\222\002\002ci\310\001\001'
   _globals['_CREATETOKEN'].fields_by_name['scope']._loaded_options = None
@@ -59,6 +72,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATETOKEN'].fields_by_name['allowed_ips']._serialized_options = b'\272H\033\222\001\030\020d\"\024r\022\020\001\030@\222\002\013203.0.113.7'
   _globals['_CREATETOKEN'].fields_by_name['rate_limit_per_minute']._loaded_options = None
   _globals['_CREATETOKEN'].fields_by_name['rate_limit_per_minute']._serialized_options = b'\272H\006*\004(\001@<'
+  _globals['_CREATETOKEN'].fields_by_name['permissions']._loaded_options = None
+  _globals['_CREATETOKEN'].fields_by_name['permissions']._serialized_options = b'\272H\374\001\272\001\370\001\n\021permissions.items\022Lmust be a list of 1 to 100 permissions such as databases:list or databases:*\032\224\001size(this) >= 1 && size(this) <= 100 && this.all(v, type(v) == string && string(v).matches(\'^([a-z][a-z-]{0,30}:([a-z][a-z-]{0,30}|[*])|[*]:[*])$\'))'
+  _globals['_UPDATETOKEN'].fields_by_name['name']._loaded_options = None
+  _globals['_UPDATETOKEN'].fields_by_name['name']._serialized_options = b'\272H\013r\t\020\001\030d\222\002\002ci'
+  _globals['_UPDATETOKEN'].fields_by_name['allowed_ips']._loaded_options = None
+  _globals['_UPDATETOKEN'].fields_by_name['allowed_ips']._serialized_options = b'\272H\261\001\272\001\255\001\n\021allowed_ips.items\0224must be a list of at most 100 addresses and networks\032btype(this) == list && size(this) <= 100 && this.all(v, type(v) == string && size(string(v)) <= 64)'
+  _globals['_UPDATETOKEN'].fields_by_name['expires_at']._loaded_options = None
+  _globals['_UPDATETOKEN'].fields_by_name['expires_at']._serialized_options = b'\272H~\272\001{\n\017expires_at.kind\022Ba time is a string such as 2027-01-31T12:00:00Z, or null for never\032$this == null || type(this) == string'
+  _globals['_ROTATETOKEN'].fields_by_name['grace_seconds']._loaded_options = None
+  _globals['_ROTATETOKEN'].fields_by_name['grace_seconds']._serialized_options = b'\272H\t*\007\030\200\365$@\220\034'
   _globals['_LISTTOKENSREQUEST'].fields_by_name['page_size']._loaded_options = None
   _globals['_LISTTOKENSREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\t\032\007\030\350\007(\000@d'
   _globals['_LISTTOKENSREQUEST'].fields_by_name['page_token']._loaded_options = None
@@ -67,6 +90,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATETOKENREQUEST'].fields_by_name['token']._serialized_options = b'\272H\003\310\001\001'
   _globals['_GETTOKENREQUEST'].fields_by_name['id']._loaded_options = None
   _globals['_GETTOKENREQUEST'].fields_by_name['id']._serialized_options = b'\272H&r$\020\001\030@\222\002\035tk_06fq2v9n7ke4w0xg5s1dzr8tbc'
+  _globals['_UPDATETOKENREQUEST'].fields_by_name['id']._loaded_options = None
+  _globals['_UPDATETOKENREQUEST'].fields_by_name['id']._serialized_options = b'\272H&r$\020\001\030@\222\002\035tk_06fq2v9n7ke4w0xg5s1dzr8tbc'
+  _globals['_UPDATETOKENREQUEST'].fields_by_name['token']._loaded_options = None
+  _globals['_UPDATETOKENREQUEST'].fields_by_name['token']._serialized_options = b'\272H\003\310\001\001'
   _globals['_ROTATETOKENREQUEST'].fields_by_name['id']._loaded_options = None
   _globals['_ROTATETOKENREQUEST'].fields_by_name['id']._serialized_options = b'\272H&r$\020\001\030@\222\002\035tk_06fq2v9n7ke4w0xg5s1dzr8tbc'
   _globals['_DELETETOKENREQUEST'].fields_by_name['id']._loaded_options = None
@@ -77,26 +104,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENSERVICE'].methods_by_name['CreateToken']._serialized_options = b'\252\273\030\002\030\001\262\273\030\007\010\311\001\022\002\222\003\202\323\344\223\002\033\"\022/api/portal/tokens:\005token'
   _globals['_TOKENSERVICE'].methods_by_name['GetToken']._loaded_options = None
   _globals['_TOKENSERVICE'].methods_by_name['GetToken']._serialized_options = b'\252\273\030\002\030\001\262\273\030\004\022\002\224\003\202\323\344\223\002\031\022\027/api/portal/tokens/{id}'
+  _globals['_TOKENSERVICE'].methods_by_name['UpdateToken']._loaded_options = None
+  _globals['_TOKENSERVICE'].methods_by_name['UpdateToken']._serialized_options = b'\252\273\030\002\030\001\262\273\030\n\022\010\222\003\224\003\231\003\234\003\202\323\344\223\002 2\027/api/portal/tokens/{id}:\005token'
   _globals['_TOKENSERVICE'].methods_by_name['RotateToken']._loaded_options = None
-  _globals['_TOKENSERVICE'].methods_by_name['RotateToken']._serialized_options = b'\252\273\030\002\030\001\262\273\030\010\022\006\224\003\231\003\234\003\202\323\344\223\002 \"\036/api/portal/tokens/{id}/rotate'
+  _globals['_TOKENSERVICE'].methods_by_name['RotateToken']._serialized_options = b'\252\273\030\002\030\001\262\273\030\010\022\006\224\003\231\003\234\003\202\323\344\223\002*\"\036/api/portal/tokens/{id}/rotate:\010rotation'
   _globals['_TOKENSERVICE'].methods_by_name['DeleteToken']._loaded_options = None
   _globals['_TOKENSERVICE'].methods_by_name['DeleteToken']._serialized_options = b'\252\273\030\002\030\001\262\273\030\006\022\004\224\003\234\003\202\323\344\223\002\031*\027/api/portal/tokens/{id}'
-  _globals['_TOKEN']._serialized_start=184
-  _globals['_TOKEN']._serialized_end=851
-  _globals['_CREATETOKEN']._serialized_start=854
-  _globals['_CREATETOKEN']._serialized_end=1184
-  _globals['_LISTTOKENSREQUEST']._serialized_start=1186
-  _globals['_LISTTOKENSREQUEST']._serialized_end=1268
-  _globals['_LISTTOKENSRESPONSE']._serialized_start=1270
-  _globals['_LISTTOKENSRESPONSE']._serialized_end=1384
-  _globals['_CREATETOKENREQUEST']._serialized_start=1386
-  _globals['_CREATETOKENREQUEST']._serialized_end=1486
-  _globals['_GETTOKENREQUEST']._serialized_start=1488
-  _globals['_GETTOKENREQUEST']._serialized_end=1560
-  _globals['_ROTATETOKENREQUEST']._serialized_start=1562
-  _globals['_ROTATETOKENREQUEST']._serialized_end=1660
-  _globals['_DELETETOKENREQUEST']._serialized_start=1662
-  _globals['_DELETETOKENREQUEST']._serialized_end=1760
-  _globals['_TOKENSERVICE']._serialized_start=1763
-  _globals['_TOKENSERVICE']._serialized_end=2454
+  _globals['_TOKEN']._serialized_start=214
+  _globals['_TOKEN']._serialized_end=1398
+  _globals['_LEASTPRIVILEGE']._serialized_start=1400
+  _globals['_LEASTPRIVILEGE']._serialized_end=1510
+  _globals['_PREVIOUSSECRET']._serialized_start=1513
+  _globals['_PREVIOUSSECRET']._serialized_end=1683
+  _globals['_CREATETOKEN']._serialized_start=1686
+  _globals['_CREATETOKEN']._serialized_end=2346
+  _globals['_UPDATETOKEN']._serialized_start=2349
+  _globals['_UPDATETOKEN']._serialized_end=2833
+  _globals['_ROTATETOKEN']._serialized_start=2835
+  _globals['_ROTATETOKEN']._serialized_end=2940
+  _globals['_LISTTOKENSREQUEST']._serialized_start=2942
+  _globals['_LISTTOKENSREQUEST']._serialized_end=3024
+  _globals['_LISTTOKENSRESPONSE']._serialized_start=3026
+  _globals['_LISTTOKENSRESPONSE']._serialized_end=3140
+  _globals['_CREATETOKENREQUEST']._serialized_start=3142
+  _globals['_CREATETOKENREQUEST']._serialized_end=3242
+  _globals['_GETTOKENREQUEST']._serialized_start=3244
+  _globals['_GETTOKENREQUEST']._serialized_end=3316
+  _globals['_UPDATETOKENREQUEST']._serialized_start=3319
+  _globals['_UPDATETOKENREQUEST']._serialized_end=3474
+  _globals['_ROTATETOKENREQUEST']._serialized_start=3477
+  _globals['_ROTATETOKENREQUEST']._serialized_end=3627
+  _globals['_DELETETOKENREQUEST']._serialized_start=3629
+  _globals['_DELETETOKENREQUEST']._serialized_end=3727
+  _globals['_TOKENSERVICE']._serialized_start=3730
+  _globals['_TOKENSERVICE']._serialized_end=4576
 # @@protoc_insertion_point(module_scope)

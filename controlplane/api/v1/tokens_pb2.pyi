@@ -6,6 +6,7 @@ isort:skip_file
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 import builtins as _builtins
@@ -37,12 +38,20 @@ class Token(_message.Message):
     REVOKED_AT_FIELD_NUMBER: _builtins.int
     ROTATED_AT_FIELD_NUMBER: _builtins.int
     TOKEN_FIELD_NUMBER: _builtins.int
+    PERMISSIONS_FIELD_NUMBER: _builtins.int
+    LAST_USED_AT_FIELD_NUMBER: _builtins.int
+    LAST_USED_IP_FIELD_NUMBER: _builtins.int
+    REFUSED_REQUESTS_FIELD_NUMBER: _builtins.int
+    LAST_REFUSED_AT_FIELD_NUMBER: _builtins.int
+    USED_PERMISSIONS_FIELD_NUMBER: _builtins.int
+    LEAST_PRIVILEGE_FIELD_NUMBER: _builtins.int
+    PREVIOUS_SECRET_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The token's own id; it stays the same when the token is rotated."""
     name: _builtins.str
     """The name that says what it is for."""
     scope: _builtins.str
-    """What the token may do."""
+    """What the token may do: the name of a set of permissions, or `custom` for one that has no name."""
     prefix: _builtins.str
     """The beginning of the secret, to tell tokens apart by."""
     rate_limit_per_minute: _builtins.int
@@ -51,6 +60,12 @@ class Token(_message.Message):
     """Whether it can be used."""
     token: _builtins.str
     """The full secret: only in the answers to create and rotate."""
+    last_used_ip: _builtins.str
+    """The address that it was last used from."""
+    refused_requests: _builtins.int
+    """How many of its requests were refused: for where they came from, what they asked for, how often, or because it had
+    ended.
+    """
     @_builtins.property
     def allowed_ips(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The addresses and networks that it may be used from; from anywhere when empty."""
@@ -71,6 +86,30 @@ class Token(_message.Message):
     def rotated_at(self) -> _timestamp_pb2.Timestamp:
         """When its secret was last replaced."""
 
+    @_builtins.property
+    def permissions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the token may do, as `resource:action`, `resource:*` or `*:*`: the permissions that its scope stands for."""
+
+    @_builtins.property
+    def last_used_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was last used with success, to within ten seconds."""
+
+    @_builtins.property
+    def last_refused_at(self) -> _timestamp_pb2.Timestamp:
+        """When one of them was last refused."""
+
+    @_builtins.property
+    def used_permissions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The permissions that it has used in its life."""
+
+    @_builtins.property
+    def least_privilege(self) -> Global___LeastPrivilege:
+        """The least that would have done for all of that; absent when it is what the token has, or was never used."""
+
+    @_builtins.property
+    def previous_secret(self) -> Global___PreviousSecret:
+        """The secret from before the last rotation, for as long as it goes on beside the new one."""
+
     def __init__(
         self,
         *,
@@ -86,13 +125,31 @@ class Token(_message.Message):
         revoked_at: _timestamp_pb2.Timestamp | None = ...,
         rotated_at: _timestamp_pb2.Timestamp | None = ...,
         token: _builtins.str | None = ...,
+        permissions: _abc.Iterable[_builtins.str] | None = ...,
+        last_used_at: _timestamp_pb2.Timestamp | None = ...,
+        last_used_ip: _builtins.str | None = ...,
+        refused_requests: _builtins.int = ...,
+        last_refused_at: _timestamp_pb2.Timestamp | None = ...,
+        used_permissions: _abc.Iterable[_builtins.str] | None = ...,
+        least_privilege: Global___LeastPrivilege | None = ...,
+        previous_secret: Global___PreviousSecret | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at", "_revoked_at", b"_revoked_at", "_rotated_at", b"_rotated_at", "_token", b"_token", "created_at", b"created_at", "expires_at", b"expires_at", "revoked_at", b"revoked_at", "rotated_at", b"rotated_at", "token", b"token"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at", "_last_refused_at", b"_last_refused_at", "_last_used_at", b"_last_used_at", "_last_used_ip", b"_last_used_ip", "_least_privilege", b"_least_privilege", "_previous_secret", b"_previous_secret", "_revoked_at", b"_revoked_at", "_rotated_at", b"_rotated_at", "_token", b"_token", "created_at", b"created_at", "expires_at", b"expires_at", "last_refused_at", b"last_refused_at", "last_used_at", b"last_used_at", "last_used_ip", b"last_used_ip", "least_privilege", b"least_privilege", "previous_secret", b"previous_secret", "revoked_at", b"revoked_at", "rotated_at", b"rotated_at", "token", b"token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at", "_revoked_at", b"_revoked_at", "_rotated_at", b"_rotated_at", "_token", b"_token", "allowed_ips", b"allowed_ips", "created_at", b"created_at", "expires_at", b"expires_at", "id", b"id", "name", b"name", "prefix", b"prefix", "rate_limit_per_minute", b"rate_limit_per_minute", "revoked_at", b"revoked_at", "rotated_at", b"rotated_at", "scope", b"scope", "status", b"status", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at", "_last_refused_at", b"_last_refused_at", "_last_used_at", b"_last_used_at", "_last_used_ip", b"_last_used_ip", "_least_privilege", b"_least_privilege", "_previous_secret", b"_previous_secret", "_revoked_at", b"_revoked_at", "_rotated_at", b"_rotated_at", "_token", b"_token", "allowed_ips", b"allowed_ips", "created_at", b"created_at", "expires_at", b"expires_at", "id", b"id", "last_refused_at", b"last_refused_at", "last_used_at", b"last_used_at", "last_used_ip", b"last_used_ip", "least_privilege", b"least_privilege", "name", b"name", "permissions", b"permissions", "prefix", b"prefix", "previous_secret", b"previous_secret", "rate_limit_per_minute", b"rate_limit_per_minute", "refused_requests", b"refused_requests", "revoked_at", b"revoked_at", "rotated_at", b"rotated_at", "scope", b"scope", "status", b"status", "token", b"token", "used_permissions", b"used_permissions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expires_at: _TypeAlias = _typing.Literal["expires_at"]  # noqa: Y015
     _WhichOneofArgType__expires_at: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at"]  # noqa: Y015
+    _WhichOneofReturnType__last_refused_at: _TypeAlias = _typing.Literal["last_refused_at"]  # noqa: Y015
+    _WhichOneofArgType__last_refused_at: _TypeAlias = _typing.Literal["_last_refused_at", b"_last_refused_at"]  # noqa: Y015
+    _WhichOneofReturnType__last_used_at: _TypeAlias = _typing.Literal["last_used_at"]  # noqa: Y015
+    _WhichOneofArgType__last_used_at: _TypeAlias = _typing.Literal["_last_used_at", b"_last_used_at"]  # noqa: Y015
+    _WhichOneofReturnType__last_used_ip: _TypeAlias = _typing.Literal["last_used_ip"]  # noqa: Y015
+    _WhichOneofArgType__last_used_ip: _TypeAlias = _typing.Literal["_last_used_ip", b"_last_used_ip"]  # noqa: Y015
+    _WhichOneofReturnType__least_privilege: _TypeAlias = _typing.Literal["least_privilege"]  # noqa: Y015
+    _WhichOneofArgType__least_privilege: _TypeAlias = _typing.Literal["_least_privilege", b"_least_privilege"]  # noqa: Y015
+    _WhichOneofReturnType__previous_secret: _TypeAlias = _typing.Literal["previous_secret"]  # noqa: Y015
+    _WhichOneofArgType__previous_secret: _TypeAlias = _typing.Literal["_previous_secret", b"_previous_secret"]  # noqa: Y015
     _WhichOneofReturnType__revoked_at: _TypeAlias = _typing.Literal["revoked_at"]  # noqa: Y015
     _WhichOneofArgType__revoked_at: _TypeAlias = _typing.Literal["_revoked_at", b"_revoked_at"]  # noqa: Y015
     _WhichOneofReturnType__rotated_at: _TypeAlias = _typing.Literal["rotated_at"]  # noqa: Y015
@@ -102,6 +159,16 @@ class Token(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__expires_at) -> _WhichOneofReturnType__expires_at | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__last_refused_at) -> _WhichOneofReturnType__last_refused_at | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__last_used_at) -> _WhichOneofReturnType__last_used_at | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__last_used_ip) -> _WhichOneofReturnType__last_used_ip | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__least_privilege) -> _WhichOneofReturnType__least_privilege | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__previous_secret) -> _WhichOneofReturnType__previous_secret | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__revoked_at) -> _WhichOneofReturnType__revoked_at | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rotated_at) -> _WhichOneofReturnType__rotated_at | None: ...
@@ -109,6 +176,72 @@ class Token(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__token) -> _WhichOneofReturnType__token | None: ...
 
 Global___Token: _TypeAlias = Token  # noqa: Y015
+
+@_typing.final
+class LeastPrivilege(_message.Message):
+    """What would do for everything that a token has done."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCOPE_FIELD_NUMBER: _builtins.int
+    PERMISSIONS_FIELD_NUMBER: _builtins.int
+    scope: _builtins.str
+    """The narrowest scope that would do, if it is narrower than what the token has."""
+    @_builtins.property
+    def permissions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Exactly what it has used."""
+
+    def __init__(
+        self,
+        *,
+        scope: _builtins.str | None = ...,
+        permissions: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_scope", b"_scope", "scope", b"scope"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scope", b"_scope", "permissions", b"permissions", "scope", b"scope"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__scope: _TypeAlias = _typing.Literal["scope"]  # noqa: Y015
+    _WhichOneofArgType__scope: _TypeAlias = _typing.Literal["_scope", b"_scope"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scope) -> _WhichOneofReturnType__scope | None: ...
+
+Global___LeastPrivilege: _TypeAlias = LeastPrivilege  # noqa: Y015
+
+@_typing.final
+class PreviousSecret(_message.Message):
+    """An old secret that still works."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFIX_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    LAST_USED_AT_FIELD_NUMBER: _builtins.int
+    prefix: _builtins.str
+    """Its beginning."""
+    @_builtins.property
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """When it stops working at the latest; sooner, once the new one is in use and this one has not been for five minutes."""
+
+    @_builtins.property
+    def last_used_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was last used since the rotation; absent if it was not."""
+
+    def __init__(
+        self,
+        *,
+        prefix: _builtins.str = ...,
+        expires_at: _timestamp_pb2.Timestamp | None = ...,
+        last_used_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_last_used_at", b"_last_used_at", "expires_at", b"expires_at", "last_used_at", b"last_used_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_last_used_at", b"_last_used_at", "expires_at", b"expires_at", "last_used_at", b"last_used_at", "prefix", b"prefix"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__last_used_at: _TypeAlias = _typing.Literal["last_used_at"]  # noqa: Y015
+    _WhichOneofArgType__last_used_at: _TypeAlias = _typing.Literal["_last_used_at", b"_last_used_at"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__last_used_at) -> _WhichOneofReturnType__last_used_at | None: ...
+
+Global___PreviousSecret: _TypeAlias = PreviousSecret  # noqa: Y015
 
 @_typing.final
 class CreateToken(_message.Message):
@@ -121,11 +254,12 @@ class CreateToken(_message.Message):
     ALLOWED_IPS_FIELD_NUMBER: _builtins.int
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
     RATE_LIMIT_PER_MINUTE_FIELD_NUMBER: _builtins.int
+    PERMISSIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """A name that says what it is for."""
     scope: _builtins.str
     """What the token may do: `full` reads and writes everything, `read` only reads, and a product's own scope also
-    writes that one product. `full` when absent.
+    writes that one product. `full` when neither this nor `permissions` is given; they exclude each other.
     """
     rate_limit_per_minute: _builtins.int
     """How many requests it may make in any 60 seconds; at most, and when absent, what the plan allows."""
@@ -139,6 +273,10 @@ class CreateToken(_message.Message):
     def expires_at(self) -> _timestamp_pb2.Timestamp:
         """From when on it is refused; never when absent."""
 
+    @_builtins.property
+    def permissions(self) -> _struct_pb2.ListValue:
+        """What the token may do, more finely than by a scope: `resource:action`, `resource:*` for all of a resource, or `*:*`."""
+
     def __init__(
         self,
         *,
@@ -147,13 +285,16 @@ class CreateToken(_message.Message):
         allowed_ips: _abc.Iterable[_builtins.str] | None = ...,
         expires_at: _timestamp_pb2.Timestamp | None = ...,
         rate_limit_per_minute: _builtins.int | None = ...,
+        permissions: _struct_pb2.ListValue | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at", "_rate_limit_per_minute", b"_rate_limit_per_minute", "_scope", b"_scope", "expires_at", b"expires_at", "rate_limit_per_minute", b"rate_limit_per_minute", "scope", b"scope"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at", "_permissions", b"_permissions", "_rate_limit_per_minute", b"_rate_limit_per_minute", "_scope", b"_scope", "expires_at", b"expires_at", "permissions", b"permissions", "rate_limit_per_minute", b"rate_limit_per_minute", "scope", b"scope"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at", "_rate_limit_per_minute", b"_rate_limit_per_minute", "_scope", b"_scope", "allowed_ips", b"allowed_ips", "expires_at", b"expires_at", "name", b"name", "rate_limit_per_minute", b"rate_limit_per_minute", "scope", b"scope"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at", "_permissions", b"_permissions", "_rate_limit_per_minute", b"_rate_limit_per_minute", "_scope", b"_scope", "allowed_ips", b"allowed_ips", "expires_at", b"expires_at", "name", b"name", "permissions", b"permissions", "rate_limit_per_minute", b"rate_limit_per_minute", "scope", b"scope"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expires_at: _TypeAlias = _typing.Literal["expires_at"]  # noqa: Y015
     _WhichOneofArgType__expires_at: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at"]  # noqa: Y015
+    _WhichOneofReturnType__permissions: _TypeAlias = _typing.Literal["permissions"]  # noqa: Y015
+    _WhichOneofArgType__permissions: _TypeAlias = _typing.Literal["_permissions", b"_permissions"]  # noqa: Y015
     _WhichOneofReturnType__rate_limit_per_minute: _TypeAlias = _typing.Literal["rate_limit_per_minute"]  # noqa: Y015
     _WhichOneofArgType__rate_limit_per_minute: _TypeAlias = _typing.Literal["_rate_limit_per_minute", b"_rate_limit_per_minute"]  # noqa: Y015
     _WhichOneofReturnType__scope: _TypeAlias = _typing.Literal["scope"]  # noqa: Y015
@@ -161,11 +302,89 @@ class CreateToken(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__expires_at) -> _WhichOneofReturnType__expires_at | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__permissions) -> _WhichOneofReturnType__permissions | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rate_limit_per_minute) -> _WhichOneofReturnType__rate_limit_per_minute | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__scope) -> _WhichOneofReturnType__scope | None: ...
 
 Global___CreateToken: _TypeAlias = CreateToken  # noqa: Y015
+
+@_typing.final
+class UpdateToken(_message.Message):
+    """What a customer changes about a token. What is absent stays as it is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ALLOWED_IPS_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """A new name."""
+    @_builtins.property
+    def allowed_ips(self) -> _struct_pb2.Value:
+        """The addresses and networks that it may be used from, all of them anew; from anywhere when empty."""
+
+    @_builtins.property
+    def expires_at(self) -> _struct_pb2.Value:
+        """From when on it is refused, in RFC 3339; null for never."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str | None = ...,
+        allowed_ips: _struct_pb2.Value | None = ...,
+        expires_at: _struct_pb2.Value | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at", "_name", b"_name", "allowed_ips", b"allowed_ips", "expires_at", b"expires_at", "name", b"name"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at", "_name", b"_name", "allowed_ips", b"allowed_ips", "expires_at", b"expires_at", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expires_at: _TypeAlias = _typing.Literal["expires_at"]  # noqa: Y015
+    _WhichOneofArgType__expires_at: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at"]  # noqa: Y015
+    _WhichOneofReturnType__name: _TypeAlias = _typing.Literal["name"]  # noqa: Y015
+    _WhichOneofArgType__name: _TypeAlias = _typing.Literal["_name", b"_name"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expires_at) -> _WhichOneofReturnType__expires_at | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__name) -> _WhichOneofReturnType__name | None: ...
+
+Global___UpdateToken: _TypeAlias = UpdateToken  # noqa: Y015
+
+@_typing.final
+class RotateToken(_message.Message):
+    """How to rotate a token."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GRACE_SECONDS_FIELD_NUMBER: _builtins.int
+    NARROW_FIELD_NUMBER: _builtins.int
+    grace_seconds: _builtins.int
+    """How many seconds the old secret goes on working beside the new one, at most a week; none when absent. A token that
+    expires sooner does so all the same.
+    """
+    narrow: _builtins.bool
+    """Also narrow the token to its `least_privilege`: to the scope there, or to the permissions if no scope is named."""
+    def __init__(
+        self,
+        *,
+        grace_seconds: _builtins.int | None = ...,
+        narrow: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_grace_seconds", b"_grace_seconds", "_narrow", b"_narrow", "grace_seconds", b"grace_seconds", "narrow", b"narrow"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grace_seconds", b"_grace_seconds", "_narrow", b"_narrow", "grace_seconds", b"grace_seconds", "narrow", b"narrow"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__grace_seconds: _TypeAlias = _typing.Literal["grace_seconds"]  # noqa: Y015
+    _WhichOneofArgType__grace_seconds: _TypeAlias = _typing.Literal["_grace_seconds", b"_grace_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__narrow: _TypeAlias = _typing.Literal["narrow"]  # noqa: Y015
+    _WhichOneofArgType__narrow: _TypeAlias = _typing.Literal["_narrow", b"_narrow"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__grace_seconds) -> _WhichOneofReturnType__grace_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__narrow) -> _WhichOneofReturnType__narrow | None: ...
+
+Global___RotateToken: _TypeAlias = RotateToken  # noqa: Y015
 
 @_typing.final
 class ListTokensRequest(_message.Message):
@@ -266,24 +485,60 @@ class GetTokenRequest(_message.Message):
 Global___GetTokenRequest: _TypeAlias = GetTokenRequest  # noqa: Y015
 
 @_typing.final
-class RotateTokenRequest(_message.Message):
+class UpdateTokenRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The token's id."""
     validate_only: _builtins.bool
     """Check everything, answer what would be, and change nothing."""
+    @_builtins.property
+    def token(self) -> Global___UpdateToken:
+        """What to change."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        token: Global___UpdateToken | None = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["token", b"token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "token", b"token", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateTokenRequest: _TypeAlias = UpdateTokenRequest  # noqa: Y015
+
+@_typing.final
+class RotateTokenRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    ROTATION_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """The token's id."""
+    validate_only: _builtins.bool
+    """Check everything, answer what would be, and change nothing."""
+    @_builtins.property
+    def rotation(self) -> Global___RotateToken:
+        """How to rotate it."""
+
     def __init__(
         self,
         *,
         id: _builtins.str = ...,
         validate_only: _builtins.bool = ...,
+        rotation: Global___RotateToken | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rotation", b"rotation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "rotation", b"rotation", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -50,6 +50,11 @@ class TokenServiceStub:
                 request_serializer=controlplane_dot_api_dot_v1_dot_tokens__pb2.GetTokenRequest.SerializeToString,
                 response_deserializer=controlplane_dot_api_dot_v1_dot_tokens__pb2.Token.FromString,
                 _registered_method=True)
+        self.UpdateToken = channel.unary_unary(
+                '/controlplane.api.v1.TokenService/UpdateToken',
+                request_serializer=controlplane_dot_api_dot_v1_dot_tokens__pb2.UpdateTokenRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_tokens__pb2.Token.FromString,
+                _registered_method=True)
         self.RotateToken = channel.unary_unary(
                 '/controlplane.api.v1.TokenService/RotateToken',
                 request_serializer=controlplane_dot_api_dot_v1_dot_tokens__pb2.RotateTokenRequest.SerializeToString,
@@ -91,10 +96,20 @@ class TokenServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateToken(self, request, context):
+        """Change an API token
+
+        Changes what the request names and nothing else. An expired token can be given more time; a revoked one cannot.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RotateToken(self, request, context):
         """Rotate an API token
 
-        Issues a fresh secret with the same name and scope. The old secret is refused once the answer has left.
+        Issues a fresh secret with the same name and scope. The old secret is refused once the answer has left, or for as
+        long as `grace_seconds` says it goes on beside the new one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,6 +140,11 @@ def add_TokenServiceServicer_to_server(servicer, server):
             'GetToken': grpc.unary_unary_rpc_method_handler(
                     servicer.GetToken,
                     request_deserializer=controlplane_dot_api_dot_v1_dot_tokens__pb2.GetTokenRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_tokens__pb2.Token.SerializeToString,
+            ),
+            'UpdateToken': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateToken,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_tokens__pb2.UpdateTokenRequest.FromString,
                     response_serializer=controlplane_dot_api_dot_v1_dot_tokens__pb2.Token.SerializeToString,
             ),
             'RotateToken': grpc.unary_unary_rpc_method_handler(
@@ -219,6 +239,33 @@ class TokenService:
             target,
             '/controlplane.api.v1.TokenService/GetToken',
             controlplane_dot_api_dot_v1_dot_tokens__pb2.GetTokenRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_tokens__pb2.Token.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateToken(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/controlplane.api.v1.TokenService/UpdateToken',
+            controlplane_dot_api_dot_v1_dot_tokens__pb2.UpdateTokenRequest.SerializeToString,
             controlplane_dot_api_dot_v1_dot_tokens__pb2.Token.FromString,
             options,
             channel_credentials,

@@ -28,10 +28,16 @@ class TokenServiceStub:
     """
     GetToken: _aio.UnaryUnaryMultiCallable[_tokens_pb2.GetTokenRequest, _tokens_pb2.Token]
     """Get an API token"""
+    UpdateToken: _aio.UnaryUnaryMultiCallable[_tokens_pb2.UpdateTokenRequest, _tokens_pb2.Token]
+    """Change an API token
+
+    Changes what the request names and nothing else. An expired token can be given more time; a revoked one cannot.
+    """
     RotateToken: _aio.UnaryUnaryMultiCallable[_tokens_pb2.RotateTokenRequest, _tokens_pb2.Token]
     """Rotate an API token
 
-    Issues a fresh secret with the same name and scope. The old secret is refused once the answer has left.
+    Issues a fresh secret with the same name and scope. The old secret is refused once the answer has left, or for as
+    long as `grace_seconds` says it goes on beside the new one.
     """
     DeleteToken: _aio.UnaryUnaryMultiCallable[_tokens_pb2.DeleteTokenRequest, _tokens_pb2.Token]
     """Revoke an API token
@@ -73,6 +79,17 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         """Get an API token"""
 
     @_abc_1.abstractmethod
+    def UpdateToken(
+        self,
+        request: _tokens_pb2.UpdateTokenRequest,
+        context: _aio.ServicerContext[_tokens_pb2.UpdateTokenRequest, _abc.Awaitable[_tokens_pb2.Token]],
+    ) -> _abc.Awaitable[_tokens_pb2.Token]:
+        """Change an API token
+
+        Changes what the request names and nothing else. An expired token can be given more time; a revoked one cannot.
+        """
+
+    @_abc_1.abstractmethod
     def RotateToken(
         self,
         request: _tokens_pb2.RotateTokenRequest,
@@ -80,7 +97,8 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_tokens_pb2.Token]:
         """Rotate an API token
 
-        Issues a fresh secret with the same name and scope. The old secret is refused once the answer has left.
+        Issues a fresh secret with the same name and scope. The old secret is refused once the answer has left, or for as
+        long as `grace_seconds` says it goes on beside the new one.
         """
 
     @_abc_1.abstractmethod
