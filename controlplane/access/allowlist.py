@@ -31,6 +31,17 @@ def parse_address(text: str) -> Address:
     return _parsed(text)
 
 
+def network_of(address: str) -> str:
+    """Return whom requests from an address are counted for: an IPv4 address itself, of IPv6 its /64 (RFC 6177)."""
+    try:
+        parsed = _parsed(address)
+    except ValueError:
+        return address
+    if isinstance(parsed, IPv6Address):
+        return str(IPv6Network((parsed, _SUBSCRIBER_BITS), strict=False))
+    return str(parsed)
+
+
 def is_allowed(address: str, networks: Iterable[Network]) -> bool:
     """Tell whether an address lies in one of the networks."""
     parsed = _parsed(address)
@@ -61,3 +72,4 @@ def _unmapped(network: Network) -> Network:
 
 
 _MAPPED_BITS = 96  # RFC 4291, 2.5.5.2
+_SUBSCRIBER_BITS = 64  # the least that a subscriber has all to himself

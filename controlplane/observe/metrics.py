@@ -20,12 +20,16 @@ class Metrics:
     due: Gauge
     lag_seconds: Gauge
     overdue: Gauge
+    limiter_fallbacks: Counter
+    limiter_up: Gauge
 
 
 def new_metrics() -> Metrics:
-    """Return a new set of metrics, all at zero."""
+    """Return a new set of metrics, before anything has happened."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
+    limiter_up = Gauge("htx_limiter_up", "0 while the shared rate limit does not answer.", registry=registry)
+    limiter_up.set(1)
     return Metrics(
         registry=registry,
         rpcs=Counter("htx_rpcs", "RPCs answered, by how they ended.", ("rpc", "code"), registry=registry),
@@ -41,4 +45,8 @@ def new_metrics() -> Metrics:
         overdue=Gauge(
             "htx_reconciler_overdue", "Resources that are past their deadline.", ("kind",), registry=registry
         ),
+        limiter_fallbacks=Counter(
+            "htx_limiter_fallbacks", "Requests that the shared rate limit did not decide.", registry=registry
+        ),
+        limiter_up=limiter_up,
     )
