@@ -13,8 +13,10 @@ Network = IPv4Network | IPv6Network
 class Caller:
     """An account and the credential that it came with.
 
-    `networks` are where the credential may be used from, everywhere when empty; `rate_limit` is in requests per 60
-    seconds; `expires_at` is when the credential ends, if it does.
+    `scope` is the name of its permissions, `custom` if they have none. `networks` are where the credential may be used
+    from, everywhere when empty; `rate_limit` is in requests per 60 seconds; `expires_at` is when the credential ends,
+    if it does. `has_ended` says that it was revoked, or its account disabled; `is_previous` that it is the secret from
+    before the last rotation.
     """
 
     account_id: str
@@ -26,3 +28,9 @@ class Caller:
     networks: tuple[Network, ...]
     rate_limit: int
     expires_at: datetime | None
+    has_ended: bool = False
+    is_previous: bool = False
+
+    def holds(self, now: datetime) -> bool:
+        """Tell whether the credential can be used now."""
+        return not self.has_ended and (self.expires_at is None or now < self.expires_at)

@@ -1,18 +1,21 @@
 """From what a request carries to who is calling: the token or the session cookie, looked up by its digest."""
 
-from sqlalchemy import bindparam
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import BindParameter, bindparam, or_
 from sqlmodel import col, select
 
 from controlplane.access.allowlist import parse_network
 from controlplane.access.caller import Caller
-from controlplane.access.permissions import EVERYTHING, permissions_of
+from controlplane.access.permissions import CUSTOM, EVERYTHING, permissions_of
 from controlplane.access.secrets import is_well_formed_token
 from controlplane.accounts.model import Account
 from controlplane.catalog.model import Catalog
-from controlplane.clock import Clock
 from controlplane.errors import Unauthenticated
 from controlplane.keys import Keys
-from controlplane.sessions.model import Session
+from controlplane.sessions.cookies import find_cookie
+from controlplane.sessions.model import IDLE, Session
 from controlplane.sql import Remembered, Store
 from controlplane.tokens.model import Token
 
@@ -20,25 +23,38 @@ COOKIE = "__Host-htx_session"
 _SCHEME = "bearer "
 _REMEMBERED = 10_000
 
+_DIGESTS: BindParameter[str] = bindparam("digests", expanding=True)
+_OF_TOKEN: tuple[Any, ...] = (
+    Token.id,
+    Token.account_id,
+    Token.scope,
+    Token.permissions,
+    Token.allowed_ips,
+    Token.rate_limit_per_minute,
+    Token.expires_at,
+    Token.revoked_at,
+    Token.previous_until,
+    col(Token.secret_digest).not_in(_DIGESTS).label("is_previous"),
+    Account.plan,
+    Account.disabled_at,
+)
 _TOKEN = (
-    select(
-        Token.id,
-        Token.account_id,
-        Token.scope,
-        Token.allowed_ips,
-        Token.rate_limit_per_minute,
-        Token.expires_at,
-        Account.plan,
-    )  # type: ignore[call-overload]
+    select(*_OF_TOKEN)
     .join(Account, col(Account.id) == col(Token.account_id))
-    .where(col(Token.secret_digest).in_(bindparam("digests", expanding=True)))
-    .where(col(Token.revoked_at).is_(None), col(Account.disabled_at).is_(None))
+    .where(or_(col(Token.secret_digest).in_(_DIGESTS), col(Token.previous_digest).in_(_DIGESTS)))
+)
+_OF_SESSION: tuple[Any, ...] = (
+    Session.id,
+    Session.account_id,
+    Session.expires_at,
+    Session.last_used_at,
+    Account.plan,
+    Account.disabled_at,
 )
 _SESSION = (
-    select(Session.id, Session.account_id, Session.expires_at, Account.plan)
+    select(*_OF_SESSION)
     .join(Account, col(Account.id) == col(Session.account_id))
-    .where(col(Session.secret_digest).in_(bindparam("digests", expanding=True)))
-    .where(col(Account.disabled_at).is_(None))
+    .where(col(Session.secret_digest).in_(_DIGESTS))
 )
 
 
@@ -49,28 +65,26 @@ class Credentials:
     such version (PostgreSQL), every request looks its credential up.
     """
 
-    def __init__(self, *, store: Store, keys: Keys, catalog: Catalog, clock: Clock) -> None:
+    def __init__(self, *, store: Store, keys: Keys, catalog: Catalog) -> None:
         self._store = store
         self._keys = keys
         self._catalog = catalog
-        self._clock = clock
         self._remembered = Remembered[Caller](store, most=_REMEMBERED)
 
     async def find_caller(self, metadata: dict[str, str]) -> Caller | None:
-        """Return who is calling, or None when nobody says so.
+        """Return whose credential this is, or None when there is none; whether it holds is the caller's own word.
 
-        Raises Unauthenticated for a credential that is malformed, unknown, expired or revoked. A bearer token wins
-        over a cookie.
+        Raises Unauthenticated for a credential that is malformed or unknown. A bearer token wins over a cookie.
         """
         authorization = metadata.get("authorization")
         if authorization is not None:
             caller = await self._by_token(authorization)
         else:
-            secret = _session_secret(metadata.get("cookie"))
+            secret = find_cookie(metadata, COOKIE)
             if secret is None:
                 return None
             caller = await self._remembered.get(secret, lambda: self._find_session(secret))
-        if caller is None or (caller.expires_at is not None and caller.expires_at <= self._clock.now()):
+        if caller is None:
             raise Unauthenticated
         return caller
 
@@ -91,11 +105,13 @@ class Credentials:
             plan=row.plan,
             kind="token",
             credential_id=row.id,
-            scope=row.scope or "full",
-            permissions=permissions_of(row.scope),
+            scope=row.scope or ("full" if row.permissions is None else CUSTOM),
+            permissions=permissions_of(row.scope) if row.permissions is None else frozenset(row.permissions),
             networks=tuple(parse_network(text) for text in row.allowed_ips),
             rate_limit=min(row.rate_limit_per_minute or plan_rate, plan_rate),
-            expires_at=row.expires_at,
+            expires_at=_sooner(row.expires_at, row.previous_until) if row.is_previous else row.expires_at,
+            has_ended=row.revoked_at is not None or row.disabled_at is not None,
+            is_previous=row.is_previous,
         )
 
     async def _find_session(self, secret: str) -> Caller | None:
@@ -112,16 +128,10 @@ class Credentials:
             permissions=frozenset({EVERYTHING}),
             networks=(),
             rate_limit=self._catalog.plan(row.plan).rate_limit_per_minute,
-            expires_at=row.expires_at,
+            expires_at=min(row.expires_at, row.last_used_at + IDLE),
+            has_ended=row.disabled_at is not None,
         )
 
 
-def _session_secret(cookies: str | None) -> str | None:
-    """Return the session cookie's value; cookies that cannot be read are none."""
-    if not cookies or COOKIE not in cookies:
-        return None
-    for cookie in cookies.split(";"):
-        name, _, value = cookie.strip().partition("=")
-        if name == COOKIE:
-            return value
-    return None
+def _sooner(one: datetime | None, other: datetime | None) -> datetime | None:
+    return min((time for time in (one, other) if time is not None), default=None)

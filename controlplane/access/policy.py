@@ -25,4 +25,4 @@ def _denial(rpc: Rpc, caller: Caller | None) -> PortalError | None:
         return None if caller.kind == "session" else LoginRequired()
     if rule == "permission" and permits(caller.permissions, rpc.access.permission):
         return None
-    return ScopeDenied(rpc.access.permission, scope=caller.scope)
+    return ScopeDenied(rpc.access.permission, scope=caller.scope, held=caller.permissions)

@@ -1,15 +1,19 @@
 """The servicer of API tokens. Only a login gets here: the policy in the proto says so."""
 
-from collections.abc import Iterable
-from datetime import UTC, datetime
-from typing import Any
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeAlias
 
 import grpc
-from sqlalchemy import bindparam
+from google.protobuf.timestamp_pb2 import Timestamp
+from sqlalchemy import Executable, bindparam
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
 
 from controlplane.access import quota
 from controlplane.access.allowlist import parse_network
+from controlplane.access.permissions import unknown_among
 from controlplane.access.secrets import SHOWN_PREFIX, new_token
 from controlplane.api.v1 import tokens_pb2, tokens_pb2_grpc
 from controlplane.catalog.model import Catalog
@@ -20,9 +24,10 @@ from controlplane.keys import Keys
 from controlplane.rpc import etag, paging
 from controlplane.rpc.call import Call, current
 from controlplane.sql import Store
-from controlplane.tokens.model import Token, status_of, to_proto
+from controlplane.tokens.model import Token, TokenPermission, TokenUse, least_privilege, status_of, to_proto
 
 Context = grpc.aio.ServicerContext[Any, Any]
+_Fetch: TypeAlias = Callable[[Executable, Mapping[str, Any]], Awaitable[Sequence[Any]]]
 
 _HIGHEST_RATE = 1_000_000  # the most that a plan can allow; the field takes more than the column does
 
@@ -33,6 +38,8 @@ _LIST = (
     .limit(bindparam("limit"))
 )
 _BY_ID = select(Token).where(col(Token.account_id) == bindparam("account_id"), col(Token.id) == bindparam("id"))
+_USES = select(TokenUse).where(col(TokenUse.token_id).in_(bindparam("ids", expanding=True)))
+_PERMISSIONS = select(TokenPermission).where(col(TokenPermission.token_id).in_(bindparam("ids", expanding=True)))
 
 
 class TokenService(tokens_pb2_grpc.TokenServiceServicer):
@@ -51,7 +58,11 @@ class TokenService(tokens_pb2_grpc.TokenServiceServicer):
         call = current()
         rows = await self._store.fetch(_LIST, {"account_id": call.caller.account_id, **paging.bounds(request)})
         page, next_page = paging.cut(rows, request, call)
-        return tokens_pb2.ListTokensResponse(tokens=[self._shown(call, row) for row in page], next_page_token=next_page)
+        uses, used = await _uses_of(self._store.fetch, [row.id for row in page])
+        return tokens_pb2.ListTokensResponse(
+            tokens=[self._shown(call, row, use=uses.get(row.id), used=used[row.id]) for row in page],
+            next_page_token=next_page,
+        )
 
     async def CreateToken(self, request: tokens_pb2.CreateTokenRequest, context: Context) -> tokens_pb2.Token:
         """Make a token; this answer is the only place that ever shows it.
@@ -59,16 +70,16 @@ class TokenService(tokens_pb2_grpc.TokenServiceServicer):
         Raises InvalidField or QuotaExceeded.
         """
         call, wanted, now = current(), request.token, self._clock.now()
-        expires_at = _end(wanted, now=now)
-        allowed_ips = _checked(wanted.allowed_ips)
-        plan = self._catalog.plan(call.caller.plan)
-        await quota.charge(call.session, account_id=call.caller.account_id, kind="tokens", limit=plan.quotas.tokens)
+        permissions = _checked_permissions(wanted)
+        expires_at = _end(wanted.expires_at, now=now) if wanted.HasField("expires_at") else None
+        allowed_ips = _checked_addresses(wanted.allowed_ips)
         secret = new_token()
         token = Token(
             id=new_id("tk"),
             account_id=call.caller.account_id,
             name=wanted.name,
-            scope=wanted.scope or "full",
+            scope=None if permissions else wanted.scope or "full",
+            permissions=permissions or None,
             secret_digest=self._keys.digest(secret),
             prefix=secret[:SHOWN_PREFIX],
             allowed_ips=allowed_ips,
@@ -76,13 +87,14 @@ class TokenService(tokens_pb2_grpc.TokenServiceServicer):
             created_at=now,
             expires_at=expires_at,
         )
+        await self._charge(call, token)
         call.session.add(token)
         await call.session.flush()
         etag.show(call, token)
         return self._shown(call, token, secret=None if request.validate_only else secret)
 
     async def GetToken(self, request: tokens_pb2.GetTokenRequest, context: Context) -> tokens_pb2.Token:
-        """Show one token.
+        """Show one token, with what it was used for.
 
         Raises NotFound.
         """
@@ -91,24 +103,60 @@ class TokenService(tokens_pb2_grpc.TokenServiceServicer):
         if not rows:
             raise NotFound("token", request.id)
         etag.show(call, rows[0])
-        return self._shown(call, rows[0])
+        return await self._shown_with_uses(call, rows[0], self._store.fetch)
+
+    async def UpdateToken(self, request: tokens_pb2.UpdateTokenRequest, context: Context) -> tokens_pb2.Token:
+        """Change what the request names.
+
+        Raises NotFound, Stale, InvalidField, Conflict for a revoked token, or QuotaExceeded for an expired one that is
+        to come back where its place has been taken.
+        """
+        call, change = current(), request.token
+        token = await self._lock(call, request.id)
+        if token.revoked_at is not None:
+            raise Conflict(f"The token '{token.name}' is revoked: create a new one.")
+        if change.HasField("name"):
+            token.name = change.name
+        if change.HasField("allowed_ips"):
+            token.allowed_ips = _checked_addresses(value.string_value for value in change.allowed_ips.list_value.values)
+        if change.HasField("expires_at"):
+            never = change.expires_at.HasField("null_value")
+            wanted = None if never else _read_time(change.expires_at.string_value)
+            token.expires_at = None if wanted is None else _end(wanted, now=self._clock.now())
+            await self._charge(call, token)
+        token.generation += 1
+        await call.session.flush()
+        etag.show(call, token)
+        return await self._shown_with_uses(call, token, _in(call.session))
 
     async def RotateToken(self, request: tokens_pb2.RotateTokenRequest, context: Context) -> tokens_pb2.Token:
-        """Give a token a new secret; the old one is dead with the commit.
+        """Give a token a new secret; the old one is dead with the commit, or when its grace is over.
 
         Raises NotFound, Stale, or Conflict for a token that cannot be used any more.
         """
-        call, now = current(), self._clock.now()
+        call, wanted = current(), request.rotation
         token = await self._lock(call, request.id)
+        now = self._clock.now()  # not before the lock: until it is there, the old secret goes on being used
         if (status := status_of(token, now)) != "active":
             raise Conflict(f"The token '{token.name}' is {status}: create a new one.")
+        uses, used = await _uses_of(_in(call.session), [token.id])
+        if wanted.narrow and (least := least_privilege(token, used[token.id])) is not None:
+            token.scope = least.scope if least.HasField("scope") else None
+            token.permissions = None if least.HasField("scope") else list(least.permissions)
+        in_grace = wanted.grace_seconds > 0
+        token.previous_digest = token.secret_digest if in_grace else None
+        token.previous_prefix = token.prefix if in_grace else None
+        token.previous_until = now + timedelta(seconds=wanted.grace_seconds) if in_grace else None
         secret = new_token()
         token.secret_digest = self._keys.digest(secret)
         token.prefix = secret[:SHOWN_PREFIX]
         token.rotated_at = now
         token.generation += 1
+        await call.session.flush()
         etag.show(call, token)
-        return self._shown(call, token, secret=None if request.validate_only else secret)
+        return self._shown(
+            call, token, use=uses.get(token.id), used=used[token.id], secret=None if request.validate_only else secret
+        )
 
     async def DeleteToken(self, request: tokens_pb2.DeleteTokenRequest, context: Context) -> tokens_pb2.Token:
         """Revoke a token; once more changes nothing. Its row stays, its place in the quota is free again.
@@ -119,10 +167,16 @@ class TokenService(tokens_pb2_grpc.TokenServiceServicer):
         token = await self._lock(call, request.id)
         if token.revoked_at is None:
             token.revoked_at = self._clock.now()
+            token.previous_digest = token.previous_prefix = token.previous_until = None
             token.generation += 1
-            await quota.release(call.session, account_id=token.account_id, kind="tokens")
+            await quota.release(call.session, resource_id=token.id)
         etag.show(call, token)
-        return self._shown(call, token)
+        return await self._shown_with_uses(call, token, _in(call.session))
+
+    async def _charge(self, call: Call, token: Token) -> None:
+        """Count the token, unless it counts already: an expired one has given its place back."""
+        limit = self._catalog.plan(call.caller.plan).quotas.tokens
+        await quota.charge(call.session, account_id=token.account_id, kind="tokens", resource_id=token.id, limit=limit)
 
     async def _lock(self, call: Call, token_id: str) -> Token:
         found = await call.session.execute(
@@ -134,20 +188,85 @@ class TokenService(tokens_pb2_grpc.TokenServiceServicer):
         etag.check_match(call, token)
         return token
 
-    def _shown(self, call: Call, token: Token, *, secret: str | None = None) -> tokens_pb2.Token:
+    async def _shown_with_uses(self, call: Call, token: Token, fetch: _Fetch) -> tokens_pb2.Token:
+        uses, used = await _uses_of(fetch, [token.id])
+        return self._shown(call, token, use=uses.get(token.id), used=used[token.id])
+
+    def _shown(
+        self,
+        call: Call,
+        token: Token,
+        *,
+        use: TokenUse | None = None,
+        used: frozenset[str] = frozenset(),
+        secret: str | None = None,
+    ) -> tokens_pb2.Token:
         plan_rate = self._catalog.plan(call.caller.plan).rate_limit_per_minute
-        return to_proto(token, now=self._clock.now(), plan_rate=plan_rate, secret=secret)
+        return to_proto(token, now=self._clock.now(), plan_rate=plan_rate, use=use, used=used, secret=secret)
 
 
-def _end(wanted: tokens_pb2.CreateToken, *, now: datetime) -> datetime | None:
-    """Return when the token is to expire, if it is.
+async def _uses_of(fetch: _Fetch, ids: list[str]) -> tuple[dict[str, TokenUse], defaultdict[str, frozenset[str]]]:
+    """Return of each token its use, if there was any, and the permissions that it has used."""
+    uses = {row.token_id: row for row in await fetch(_USES, {"ids": ids})}
+    used = defaultdict[str, frozenset[str]](frozenset)
+    for row in await fetch(_PERMISSIONS, {"ids": ids}):
+        used[row.token_id] |= {row.permission}
+    return uses, used
+
+
+def _in(session: AsyncSession) -> _Fetch:
+    """Return what reads in this transaction.
+
+    A write that took a second connection for it, as Store.fetch does, would stand still for good once as many writes at
+    once had each taken their first.
+    """
+
+    async def fetch(statement: Executable, parameters: Mapping[str, Any]) -> Sequence[Any]:
+        return (await (await session.connection()).execute(statement, parameters)).all()
+
+    return fetch
+
+
+def _checked_permissions(wanted: tokens_pb2.CreateToken) -> list[str]:
+    """Return the permissions wanted, each once.
+
+    Raises InvalidField for permissions beside a scope, and for those that permit nothing.
+    """
+    if wanted.HasField("permissions") and wanted.HasField("scope"):
+        raise InvalidField(BrokenRule("permissions", "a scope is a name for permissions: give the one or the other"))
+    permissions = [value.string_value for value in wanted.permissions.values]
+    unknown = unknown_among(permissions)
+    if unknown:
+        raise InvalidField(
+            *(
+                BrokenRule(f"permissions[{index}]", f"there is no '{each}': /api/openapi has all, as x-permission")
+                for index, each in enumerate(permissions)
+                if each in unknown
+            )
+        )
+    return sorted(set(permissions))
+
+
+def _read_time(text: str) -> Timestamp:
+    """Return the time that a text says.
+
+    Raises InvalidField.
+    """
+    stamp = Timestamp()
+    try:
+        stamp.FromJsonString(text)
+    except ValueError:
+        raise InvalidField(BrokenRule("expires_at", "must be a time such as 2027-01-31T12:00:00Z, or null")) from None
+    return stamp
+
+
+def _end(wanted: Timestamp, *, now: datetime) -> datetime:
+    """Return when the token is to expire.
 
     Raises InvalidField for a time that has passed, or that no calendar has.
     """
-    if not wanted.HasField("expires_at"):
-        return None
     try:
-        expires_at = wanted.expires_at.ToDatetime(tzinfo=UTC)
+        expires_at = wanted.ToDatetime(tzinfo=UTC)
     except ValueError:
         raise InvalidField(BrokenRule("expires_at", "must lie between the years 1 and 9999")) from None
     if expires_at <= now:
@@ -155,7 +274,7 @@ def _end(wanted: tokens_pb2.CreateToken, *, now: datetime) -> datetime | None:
     return expires_at
 
 
-def _checked(texts: Iterable[str]) -> list[str]:
+def _checked_addresses(texts: Iterable[str]) -> list[str]:
     """Return the addresses and networks as they are kept.
 
     Raises InvalidField naming every one that is wrong.

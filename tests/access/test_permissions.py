@@ -2,9 +2,18 @@
 
 import pytest
 
-from controlplane.access.permissions import SCOPES, permissions_of, permits
+from controlplane.access.permissions import SCOPES, includes, narrower_scope, permissions_of, permits, unknown_among
 
-READS = {"databases:list", "databases:get", "functions:list", "proxies:list", "catalog:list", "account:get"}
+READS = {
+    "databases:list",
+    "databases:get",
+    "functions:list",
+    "proxies:list",
+    "catalog:list",
+    "account:get",
+    "audit:list",
+    "events:list",
+}
 DATABASE_WRITES = {f"databases:{action}" for action in ("create", "update", "delete", "backup", "connect")}
 
 
@@ -35,3 +44,40 @@ def test_permissions_match_as_they_are_written() -> None:
     assert not permits({"databases:get"}, "databases:delete")
     assert not permits({"data:*", "databases", "*", "*:get", "databases:g"}, "databases:get")
     assert not permits(set(), "databases:get")
+
+
+def test_what_permits_nothing_is_unknown() -> None:
+    """A permission or a star that no RPC needs anything of is unknown; what needs a login is."""
+    known = ["databases:list", "databases:*", "functions:*", "*:*"]
+    assert unknown_among([*known, "databases:drop", "volumes:*", "tokens:create", "tokens:*", "*:list"]) == [
+        "databases:drop",
+        "volumes:*",
+        "tokens:create",
+        "tokens:*",
+        "*:list",
+    ]
+
+
+def test_a_star_includes_what_is_yet_to_come() -> None:
+    """All of a resource is more than each of its actions of today, and everything is more than all resources."""
+    today = DATABASE_WRITES | READS
+    assert includes({"databases:*"}, DATABASE_WRITES)
+    assert not includes(today, {"databases:*"})
+    assert includes({"*:*"}, {"databases:*", "*:*"})
+    assert not includes(permissions_of("databases"), permissions_of("full"))
+
+
+@pytest.mark.parametrize(
+    ("held", "used", "narrower"),
+    [
+        ("full", {"databases:list"}, "read"),
+        ("full", {"databases:delete"}, "databases"),
+        ("functions", {"databases:list"}, "read"),
+        ("databases", {"databases:get"}, "read"),
+        ("databases", {"databases:delete"}, None),
+        ("read", {"databases:list"}, None),
+    ],
+)
+def test_the_narrowest_scope_is_found(held: str, used: set[str], narrower: str | None) -> None:
+    """Of the scopes that would do, it is the one that permits least, and only if that is less than what is held."""
+    assert narrower_scope(permissions_of(held), used) == narrower

@@ -55,6 +55,34 @@ async def test_no_header_changes_the_address(somebody: Customer, stack: Stack, d
                 assert "127.0.0.1" in answer.sentence
 
 
+async def test_no_header_changes_the_address_of_a_changed_token(somebody: Customer, door: Door) -> None:
+    """Headers are not believed either about a token that was used before its list was changed."""
+    made = await somebody.new_token()
+    token = {"authorization": f"Bearer {made['token']}"}
+    assert (await door.call("ListDatabases", None, **token)).code == "ok"
+    change = {"allowed_ips": [ELSEWHERE]}
+    assert (await somebody.by_login("PATCH", f"/api/portal/tokens/{made['id']}", json=change)).status_code == 200
+    for names in (*([name] for name in FORGED), FORGED):
+        answer = await door.call("ListDatabases", None, **token, **dict.fromkeys(names, ELSEWHERE))
+        assert answer.code == "ip_denied", names
+
+
+async def test_a_refusal_for_the_address_tells_the_rate_and_costs_nothing(somebody: Customer, door: Door) -> None:
+    """A token that is refused for where it is learns what is left of its limit, of which the refusal takes nothing."""
+    made = await somebody.new_token(rate_limit_per_minute=5)
+    token = {"authorization": f"Bearer {made['token']}"}
+    path = f"/api/portal/tokens/{made['id']}"
+    assert (await door.call("ListDatabases", None, **token)).headers["ratelimit-remaining"] == "4"
+    assert (await somebody.by_login("PATCH", path, json={"allowed_ips": [ELSEWHERE]})).status_code == 200
+    for _ in range(10):
+        refused = await door.call("ListDatabases", None, **token)
+        limits = {name: refused.headers[f"ratelimit-{name}"] for name in ("limit", "remaining")}
+        assert (refused.code, limits) == ("ip_denied", {"limit": "5", "remaining": "4"})
+        assert 1 <= int(refused.headers["ratelimit-reset"]) <= 60
+    assert (await somebody.by_login("PATCH", path, json={"allowed_ips": []})).status_code == 200
+    assert (await door.call("ListDatabases", None, **token)).headers["ratelimit-remaining"] == "3"
+
+
 async def test_no_header_makes_a_native_caller_a_rest_caller(somebody: Customer, stack: Stack) -> None:
     """What the edge tells the server about a REST caller is not believed from a native one, at neither port."""
     token = ("authorization", f"Bearer {somebody.token}")

@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 from sqlmodel import col, update
 
-from controlplane.access.secrets import is_well_formed_token
+from controlplane.access.credentials import Credentials
+from controlplane.access.secrets import is_well_formed_token, new_token
+from controlplane.accounts.model import Account
+from controlplane.errors import Unauthenticated
+from controlplane.sql import Store
 from controlplane.tokens.model import Token
 from tests.clock import MovableClock
 from tests.doors import Door, Rest
-from tests.stack import Customer, Stack
+from tests.stack import PASSWORD, Customer, Stack, eventually, free_port
 
 TOKENS = "/api/portal/tokens"
 
@@ -41,6 +45,19 @@ async def test_a_token_is_shown_once_and_works_at_once(somebody: Customer, door:
     listed = await somebody.by_login("GET", TOKENS)
     assert listed.json()[-1] == await shown(somebody, made["id"]) == made
     assert secret not in listed.text
+
+
+async def test_a_mistyped_token_costs_no_query(stack: Stack) -> None:
+    """A token whose checksum does not fit is refused though there is no database to ask; another needs one."""
+    nowhere = Store(f"postgresql+asyncpg://nobody@127.0.0.1:{free_port()}/nothing")
+    credentials = Credentials(store=nowhere, keys=stack.server.keys, catalog=stack.server.catalog)
+    token = new_token()
+    mistyped = token[:10] + ("a" if token[10] != "a" else "b") + token[11:]
+    with pytest.raises(Unauthenticated):
+        await credentials.find_caller(bearer(mistyped))
+    with pytest.raises(OSError, match="Connect call failed"):
+        await credentials.find_caller(bearer(token))
+    await nowhere.close()
 
 
 async def test_a_token_without_a_scope_is_full(somebody: Customer, stack: Stack) -> None:
@@ -88,26 +105,30 @@ async def test_the_next_request_is_refused_while_others_are_under_way(somebody: 
     """No request that is sent after the answer to a revocation gets in, however many others are being answered."""
     made = await somebody.new_token()
     headers, stopped = bearer(made["token"]), asyncio.Event()
-    outcomes: list[tuple[float, str]] = []
+    outcomes: list[tuple[float, float, str]] = []
 
     async def ask() -> None:
         while not stopped.is_set():
             began = time.monotonic()
-            outcomes.append((began, (await door.call("ListDatabases", **headers)).code))
+            code = (await door.call("ListDatabases", **headers)).code
+            outcomes.append((began, time.monotonic(), code))
+
+    async def asked_since(start: float) -> bool:
+        return sum(began > start for began, _, _ in outcomes) >= 40
 
     async with asyncio.TaskGroup() as group:
         for _ in range(8):
             group.create_task(ask())
-        await asyncio.sleep(0.15)
+        await eventually(lambda: asked_since(0))
+        sent = time.monotonic()
         path = f"{TOKENS}/{made['id']}"
         ending = ("DELETE", path) if end == "revoke" else ("POST", f"{path}/rotate")
         assert (await somebody.by_login(*ending)).status_code == 200
         dead = time.monotonic()
-        await asyncio.sleep(0.1)
+        await eventually(lambda: asked_since(dead))
         stopped.set()
-    after = {code for began, code in outcomes if began > dead}
-    before = {code for began, code in outcomes if began < dead - 0.1}
-    assert (before, after) == ({"ok"}, {"unauthenticated"})
+    assert {code for _, ended, code in outcomes if ended < sent} == {"ok"}
+    assert {code for began, _, code in outcomes if began > dead} == {"unauthenticated"}
 
 
 async def test_a_revoked_token_stays_listed(somebody: Customer) -> None:
@@ -148,6 +169,23 @@ async def test_an_expired_token_is_refused_from_that_moment(timed: tuple[Stack, 
     assert (await shown(customer, made["id"]))["status"] == "expired"
     rotated = await customer.by_login("POST", f"{TOKENS}/{made['id']}/rotate")
     assert (rotated.status_code, "expired" in rotated.json()["error"]) == (409, True)
+
+
+async def test_a_disabled_account_is_refused_by_the_next_request(stack: Stack, customer: Customer, door: Door) -> None:
+    """Whoever disables an account, in another process too, ends all its tokens and logins; enabled, they work again."""
+    calls: list[tuple[str, Any, dict[str, str]]] = [
+        ("ListDatabases", None, bearer(customer.token)),
+        ("ListDatabases", None, {"cookie": customer.cookie}),
+        ("CreateSession", {"session": {"email": customer.email, "password": PASSWORD}}, {}),
+    ]
+    elsewhere = Store(stack.settings.storage_url)
+    for disabled_at, code in ((None, "ok"), (stack.clock.now(), "unauthenticated"), (None, "ok")):
+        async with elsewhere.session() as session:
+            mine = col(Account.id) == customer.account_id
+            await session.execute(update(Account).where(mine).values(disabled_at=disabled_at))
+            await session.commit()
+        assert {(await door.call(rpc, request, **headers)).code for rpc, request, headers in calls} == {code}
+    await elsewhere.close()
 
 
 @pytest.mark.parametrize(
