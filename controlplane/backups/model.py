@@ -24,7 +24,6 @@ class Backup(Reconciled, table=True):
     __tablename__ = "backups"
     __table_args__ = (Index("ix_backups_list", "database_id", "id"),)
 
-    account_id: str = Field(foreign_key="accounts.id")
     database_id: str = Field(foreign_key="databases.id")
     trigger: str
     size_bytes: int | None = Field(default=None, sa_type=BigInteger)

@@ -49,7 +49,7 @@ class BackupProvisioner:
 
     async def forget(self, session: AsyncSession, row: Backup) -> None:
         """Give back the quota."""
-        await quota.release(session, account_id=row.account_id, kind="backups")
+        await quota.release(session, resource_id=row.id)
 
     async def _dump(self, row: Backup, aside: Path) -> None:
         found = await self._store.fetch(select(Database.cluster_target).where(col(Database.id) == row.database_id))

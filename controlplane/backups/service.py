@@ -72,9 +72,12 @@ class BackupService(backups_pb2_grpc.BackupServiceServicer):
                 f"The database '{database.name}' is {database.state}: it can be backed up once it is {READY}."
             )
         limit = self._catalog.plan(call.caller.plan).quotas.backups
-        await quota.charge(call.session, account_id=call.caller.account_id, kind="backups", limit=limit)
+        backup_id = new_id("bk")
+        await quota.charge(
+            call.session, account_id=call.caller.account_id, kind="backups", resource_id=backup_id, limit=limit
+        )
         backup = Backup(
-            id=new_id("bk"),
+            id=backup_id,
             account_id=call.caller.account_id,
             database_id=database.id,
             trigger=ON_DEMAND,

@@ -33,7 +33,6 @@ class Database(Reconciled, table=True):
         Index("ix_databases_list", "account_id", "id"),  # a page costs what it shows, however long the table is
     )
 
-    account_id: str = Field(foreign_key="accounts.id")
     name: str
     engine: str
     sku: str

@@ -53,7 +53,7 @@ class DatabaseProvisioner:
 
     async def forget(self, session: AsyncSession, row: Database) -> None:
         """Give back the quota and the place on the cluster; in the order of the create, or the two deadlock."""
-        await quota.release(session, account_id=row.account_id, kind="databases")
+        await quota.release(session, resource_id=row.id)
         await placement.leave(session, row.cluster_target)
 
     def _target(self, row: Database) -> Target:

@@ -93,10 +93,13 @@ class DatabaseService(databases_pb2_grpc.DatabaseServiceServicer):
             raise InvalidField(BrokenRule("region", f"there is no region '{region}': /api/portal/regions lists them"))
         await self._check_free(call, wanted.name)
         limit = self._catalog.plan(call.caller.plan).quotas.databases
-        await quota.charge(call.session, account_id=call.caller.account_id, kind="databases", limit=limit)
+        database_id = new_id("db")
+        await quota.charge(
+            call.session, account_id=call.caller.account_id, kind="databases", resource_id=database_id, limit=limit
+        )
         cluster = await placement.place(call.session, self._catalog, engine=wanted.engine, region=region)
         database = Database(
-            id=new_id("db"),
+            id=database_id,
             account_id=call.caller.account_id,
             name=wanted.name,
             engine=wanted.engine,
