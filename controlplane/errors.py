@@ -4,6 +4,7 @@ The sentence is for the caller: it says what went wrong and what to do. What onl
 as the exception's cause and goes to the log.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -60,14 +61,14 @@ class Unauthenticated(PortalError):
 
 
 class BadLogin(PortalError):
-    """An unknown address or a wrong password; which of them is not said."""
+    """Somebody who cannot be logged in; of an address and a password, which of them is wrong is not said."""
 
     status = StatusCode.UNAUTHENTICATED
     http = 401
     code = "unauthenticated"
 
-    def __init__(self) -> None:
-        super().__init__("The email address or the password is wrong.")
+    def __init__(self, sentence: str = "The email address or the password is wrong.") -> None:
+        super().__init__(sentence)
 
 
 class QuotaExceeded(PortalError):
@@ -91,8 +92,9 @@ class ScopeDenied(PortalError):
     http = 403
     code = "scope_denied"
 
-    def __init__(self, needed: str, *, scope: str) -> None:
-        super().__init__(f"Token scope does not permit this: it needs {needed}, and the token has the scope '{scope}'.")
+    def __init__(self, needed: str, *, scope: str, held: Collection[str] = ()) -> None:
+        has = f"the scope '{scope}'" if scope != "custom" else f"the permissions {', '.join(sorted(held))}"
+        super().__init__(f"Token scope does not permit this: it needs {needed}, and the token has {has}.")
         self.needed, self.scope = needed, scope
 
 
@@ -140,6 +142,20 @@ class NotFound(PortalError):
 
     def __init__(self, kind: str, name: str) -> None:
         super().__init__(f"There is no {kind} '{name}'.")
+
+
+class NoProviderLogin(PortalError):
+    """The provider has no login of its own, by which one could log in here."""
+
+    status = StatusCode.NOT_FOUND
+    http = 404
+    code = "not_found"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "There is no login by OpenID Connect here: log in with an email address and a password at"
+            " /api/portal/session."
+        )
 
 
 class AlreadyExists(PortalError):
@@ -201,8 +217,8 @@ class RateLimited(PortalError):
     http = 429
     code = "rate_limited"
 
-    def __init__(self, limit: int, *, retry_after: int) -> None:
-        super().__init__(f"Rate limit exceeded: at most {limit} requests in 60 seconds. Retry in {retry_after} s.")
+    def __init__(self, limit: int, *, retry_after: int, of: str = "requests", within: str = "60 seconds") -> None:
+        super().__init__(f"Rate limit exceeded: at most {limit} {of} in {within}. Retry in {retry_after} s.")
         self.retry_after = retry_after
 
 

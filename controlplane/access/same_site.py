@@ -11,8 +11,11 @@ def check_same_site(call: Call) -> None:
 
     `Sec-Fetch-Site` is what current browsers say of it and no page can forge; `Origin` is what older ones say. A write
     by cookie must have one of them; a login may have neither, as nothing is in the cookie yet to be abused.
+
+    A GET is never held against it. The only one that writes ends the provider's own login: it comes from the provider's
+    site by a redirect, and what proves that this browser began it is the cookie that it was given for that.
     """
-    if not call.rpc.writes or (call.maybe_caller is not None and call.maybe_caller.kind == "token"):
+    if call.rpc.verb == "GET" or (call.maybe_caller is not None and call.maybe_caller.kind == "token"):
         return
     site = call.metadata.get("sec-fetch-site")
     origin = call.metadata.get("origin")

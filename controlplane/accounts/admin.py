@@ -1,5 +1,7 @@
-"""What an operator does with accounts."""
+"""What an operator does with accounts. Each change goes into the account's record, with the change itself."""
 
+import os
+import pwd
 from collections.abc import Sequence
 
 from sqlalchemy import func
@@ -9,6 +11,7 @@ from sqlmodel import col, select
 
 from controlplane.accounts.model import Account
 from controlplane.accounts.passwords import hash_password
+from controlplane.audit.log import AuditLog
 from controlplane.catalog.model import Catalog
 from controlplane.clock import Clock
 from controlplane.ids import new_id
@@ -27,8 +30,9 @@ async def create_account(
     catalog: Catalog,
     clock: Clock,
     *,
+    audit: AuditLog,
     email: str,
-    password: str,
+    password: str | None,
     plan: str | None = None,
     first_name: str | None = None,
     last_name: str | None = None,
@@ -36,17 +40,19 @@ async def create_account(
 ) -> Account:
     """Open an account, with the catalogue's default plan when none is named.
 
+    Without a password it is logged in to at the provider's own login only.
+
     Raises AccountError for a plan that does not exist, an address that is taken or is none, or a short password.
     """
     email = email.strip().lower()
     if email.count("@") != 1 or email.startswith("@") or email.endswith("@") or len(email) > _LONGEST_EMAIL:
         raise AccountError(f"'{email}' is not an email address.")
-    if len(password) < SHORTEST_PASSWORD:
+    if password is not None and len(password) < SHORTEST_PASSWORD:
         raise AccountError(f"The password is too short: it needs at least {SHORTEST_PASSWORD} characters.")
     account = Account(
         id=new_id("ac"),
         email=email,
-        password_hash=hash_password(password),
+        password_hash="" if password is None else hash_password(password),
         plan=_checked_plan(catalog, plan or catalog.default_plan),
         first_name=first_name,
         last_name=last_name,
@@ -56,9 +62,11 @@ async def create_account(
     async with store.session() as session:
         session.add(account)
         try:
-            await session.commit()
+            await session.flush()
         except IntegrityError:
             raise AccountError(f"There is already an account with the address {email}.") from None
+        await _record(audit, session, "account.create", account)
+        await session.commit()
     return account
 
 
@@ -74,7 +82,7 @@ async def count_accounts(store: Store) -> int:
         return (await session.execute(select(func.count()).select_from(Account))).scalar_one()
 
 
-async def set_plan(store: Store, catalog: Catalog, *, email: str, plan: str) -> Account:
+async def set_plan(store: Store, catalog: Catalog, *, audit: AuditLog, email: str, plan: str) -> Account:
     """Give an account another plan. Nothing that it has is taken away, also when the plan allows less.
 
     Raises AccountError for a plan or an account that does not exist.
@@ -82,11 +90,12 @@ async def set_plan(store: Store, catalog: Catalog, *, email: str, plan: str) -> 
     async with store.session() as session:
         account = await _get(session, email)
         account.plan = _checked_plan(catalog, plan)
+        await _record(audit, session, "account.set_plan", account)
         await session.commit()
     return account
 
 
-async def disable(store: Store, clock: Clock, *, email: str) -> Account:
+async def disable(store: Store, clock: Clock, *, audit: AuditLog, email: str) -> Account:
     """Refuse every token and login of an account from now on. What it has is left alone.
 
     Raises AccountError for an account that does not exist.
@@ -94,6 +103,20 @@ async def disable(store: Store, clock: Clock, *, email: str) -> Account:
     async with store.session() as session:
         account = await _get(session, email)
         account.disabled_at = account.disabled_at or clock.now()
+        await _record(audit, session, "account.disable", account)
+        await session.commit()
+    return account
+
+
+async def enable(store: Store, *, audit: AuditLog, email: str) -> Account:
+    """Let the tokens and logins of a disabled account in again, those that have not ended meanwhile.
+
+    Raises AccountError for an account that does not exist.
+    """
+    async with store.session() as session:
+        account = await _get(session, email)
+        account.disabled_at = None
+        await _record(audit, session, "account.enable", account)
         await session.commit()
     return account
 
@@ -103,6 +126,27 @@ async def _get(session: AsyncSession, email: str) -> Account:
     if account is None:
         raise AccountError(f"There is no account with the address {email}. `controlplane account list` shows them.")
     return account
+
+
+async def _record(audit: AuditLog, session: AsyncSession, action: str, account: Account) -> None:
+    await audit.add(
+        session,
+        account_id=account.id,
+        action=action,
+        outcome="ok",
+        actor="operator",
+        credential=_operator(),
+        target=account.id,
+        target_name=account.email,
+    )
+
+
+def _operator() -> str:
+    """Return the name of the system's user that runs this program, or his number; variables could say anything."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
 
 
 def _checked_plan(catalog: Catalog, plan: str) -> str:

@@ -2,6 +2,7 @@
 
 from datetime import datetime
 
+from sqlalchemy import Index
 from sqlmodel import Field, SQLModel
 
 from controlplane.api.v1 import accounts_pb2
@@ -10,9 +11,14 @@ from controlplane.sql import UtcDateTime
 
 
 class Account(SQLModel, table=True):
-    """A customer's account. The address is kept in lower case; the password only as an argon2id hash."""
+    """A customer's account.
+
+    The address is kept in lower case; the password only as an argon2id hash, which is empty where there is none.
+    `oidc_subject` is who it is at the provider's own login, as `ISSUER|SUBJECT`, once somebody came from there.
+    """
 
     __tablename__ = "accounts"
+    __table_args__ = (Index("ix_accounts_oidc_subject", "oidc_subject", unique=True),)
 
     id: str = Field(primary_key=True)
     email: str = Field(unique=True)
@@ -23,6 +29,7 @@ class Account(SQLModel, table=True):
     company_name: str | None = None
     created_at: datetime = Field(sa_type=UtcDateTime)
     disabled_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    oidc_subject: str | None = None
 
 
 def to_proto(account: Account) -> accounts_pb2.Account:

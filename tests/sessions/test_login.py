@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import httpx
@@ -24,6 +24,14 @@ async def log_in(stack: Stack, email: str, password: str = PASSWORD, **headers: 
     return answer
 
 
+async def open_account(stack: Stack, email: str) -> None:
+    """Open an account whose password takes as long to check as everybody's."""
+    server = stack.server
+    await admin.create_account(
+        server.store, server.catalog, stack.clock, audit=server.audit, email=email, password=PASSWORD
+    )
+
+
 async def test_a_login_sets_a_cookie_that_only_the_browser_sees(stack: Stack, somebody: Customer) -> None:
     """The cookie is bound to this host, to HTTPS and to 12 hours, and no script can read it."""
     answer = await log_in(stack, f"  {somebody.email.upper()} ")
@@ -32,16 +40,18 @@ async def test_a_login_sets_a_cookie_that_only_the_browser_sees(stack: Stack, so
     assert name_and_value.startswith("__Host-htx_session=")
     assert set(attributes) == {"Max-Age=43200", "Path=/", "Secure", "HttpOnly", "SameSite=Lax"}
     assert name_and_value.partition("=")[2] not in answer.text
-    assert (answer.json()["email"], set(answer.json())) == (somebody.email, {"id", "email", "created_at", "expires_at"})
+    shown = answer.json()
+    times = {"created_at", "expires_at", "idle_expires_at", "last_used_at"}
+    assert set(shown) == {"id", "email", "current", "user_agent", "last_used_ip", *times}
+    assert (shown["email"], shown["current"], shown["last_used_ip"]) == (somebody.email, True, "127.0.0.1")
     who = await stack.rest.get(SESSION, headers={"cookie": name_and_value})
-    assert who.json() == answer.json()
+    assert who.json() == shown
 
 
 async def test_nothing_tells_an_unknown_address_from_a_wrong_password(stack: Stack) -> None:
     """Both are refused in the same bytes and with the same work."""
-    store, catalog = stack.server.store, stack.server.catalog
     known = "known@example.com"
-    await admin.create_account(store, catalog, stack.clock, email=known, password=PASSWORD)
+    await open_account(stack, known)
 
     async def refused(email: str) -> tuple[str, list[str], float]:
         began = time.process_time()
@@ -90,17 +100,41 @@ async def test_a_logout_holds_at_once(customer: Customer, door: Door) -> None:
 
 
 async def test_a_login_ends_after_twelve_hours(timed: tuple[Stack, MovableClock]) -> None:
-    """A cookie is refused from the moment that the login's end has come; a new login sweeps it away."""
+    """A cookie is refused from the moment that the login's end has come, however much it was used."""
     stack, clock = timed
     customer = await stack.customer()
-    clock.let_pass(hours=11, minutes=59)
-    assert (await customer.by_login("GET", SESSION)).status_code == 200
+    for _ in range(11):
+        clock.let_pass(hours=1)
+        assert (await customer.by_login("GET", SESSION)).status_code == 200
+        await stack.server.uses.flush()
+    clock.let_pass(minutes=59)
+    shown = (await customer.by_login("GET", SESSION)).json()
+    assert shown["idle_expires_at"] == shown["expires_at"]
     clock.let_pass(minutes=1)
-    assert (await customer.by_login("GET", SESSION)).status_code == 401
+    for path in (SESSION, "/api/portal/databases"):
+        assert (await customer.by_login("GET", path)).status_code == 401
     await customer.log_in()
     shown = (await customer.by_login("GET", SESSION)).json()
     ends = clock.now() + timedelta(hours=12)
     assert shown["expires_at"][:13] == ends.isoformat()[:13]
+
+
+async def test_a_login_that_nobody_uses_ends_after_two_hours(timed: tuple[Stack, MovableClock]) -> None:
+    """Each use puts the end off, and is shown with its address; two hours without one are the end."""
+    stack, clock = timed
+    customer = await stack.customer()
+    for _ in range(2):
+        clock.let_pass(hours=1, minutes=59)
+        assert (await customer.by_login("GET", SESSION)).status_code == 200
+        await stack.server.uses.flush()
+    used, now = (await customer.by_login("GET", SESSION)).json(), clock.now()
+    assert now - timedelta(minutes=1) < datetime.fromisoformat(used["last_used_at"]) <= now
+    idle = datetime.fromisoformat(used["idle_expires_at"]) - datetime.fromisoformat(used["last_used_at"])
+    assert (idle, used["last_used_ip"]) == (timedelta(hours=2), "127.0.0.1")
+    await stack.server.uses.flush()
+    clock.let_pass(hours=2)
+    for path in (SESSION, "/api/portal/databases"):
+        assert (await customer.by_login("GET", path)).status_code == 401
 
 
 async def test_a_disabled_account_is_refused_at_once(stack: Stack, door: Door) -> None:
@@ -108,7 +142,8 @@ async def test_a_disabled_account_is_refused_at_once(stack: Stack, door: Door) -
     customer, other = await stack.customer(), await stack.customer()
     token, cookie = f"Bearer {customer.token}", customer.cookie
     assert (await door.call("ListDatabases", authorization=token)).code == "ok"
-    await admin.disable(stack.server.store, stack.clock, email=customer.email)
+    server = stack.server
+    await admin.disable(server.store, stack.clock, audit=server.audit, email=customer.email)
     assert (await door.call("ListDatabases", authorization=token)).code == "unauthenticated"
     assert (await door.call("ListDatabases", cookie=cookie)).code == "unauthenticated"
     credentials = {"session": {"email": customer.email, "password": PASSWORD}}
@@ -185,7 +220,7 @@ async def test_a_token_needs_no_page(customer: Customer, door: Door) -> None:
 async def test_many_logins_at_once_do_not_stop_the_others(stack: Stack, somebody: Customer) -> None:
     """While passwords are checked, requests of tokens are answered."""
     email = "busy@example.com"
-    await admin.create_account(stack.server.store, stack.server.catalog, stack.clock, email=email, password=PASSWORD)
+    await open_account(stack, email)
     logins = [asyncio.create_task(log_in(stack, email)) for _ in range(4)]
     answered = 0
     while not all(login.done() for login in logins):
