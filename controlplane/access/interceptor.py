@@ -1,24 +1,32 @@
 """The one door: every RPC passes here, in this order, and nothing that fails gets further.
 
-credential → caller → allowlist → rate → policy → field rules → the servicer
+credential → caller → allowlist → rate → policy → field rules → the servicer → the record and the feed → the commit
 """
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import structlog
 from google.protobuf.message import Message
+from sqlalchemy.ext.asyncio import AsyncSession
 
-from controlplane.access.allowlist import is_allowed
+from controlplane.access.allowlist import is_allowed, network_of
+from controlplane.access.caller import Caller
 from controlplane.access.credentials import Credentials
 from controlplane.access.policy import check_policy
-from controlplane.access.rate import RateLimiter
+from controlplane.access.rate import Limiter
 from controlplane.access.same_site import check_same_site
-from controlplane.errors import IpDenied, PortalError, RateLimited, TooLarge, Unavailable
+from controlplane.access.uses import Uses
+from controlplane.audit.log import AuditLog
+from controlplane.audit.model import AuditEntry
+from controlplane.clock import Clock
+from controlplane.errors import IpDenied, PortalError, RateLimited, TooLarge, Unauthenticated, Unavailable
+from controlplane.events.feed import Feed
 from controlplane.observe.metrics import Metrics
 from controlplane.observe.traces import Traces
 from controlplane.rpc import call as calls
@@ -56,18 +64,28 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         *,
         rpcs: dict[str, Rpc],
         store: Store,
+        clock: Clock,
         credentials: Credentials,
-        limiter: RateLimiter,
+        limiter: Limiter,
+        uses: Uses,
         idempotency: Idempotency,
+        audit: AuditLog,
+        feed: Feed,
         metrics: Metrics,
         traces: Traces,
         max_body_bytes: int,
+        anonymous_rate_limit: int,
     ) -> None:
         self._rpcs = rpcs
         self._store = store
+        self._clock = clock
         self._credentials = credentials
         self._limiter = limiter
+        self._uses = uses
         self._idempotency = idempotency
+        self._audit = audit
+        self._feed = feed
+        self._anonymous_rate_limit = anonymous_rate_limit
         self._metrics = metrics
         self._traces = traces
         self._max_body_bytes = max_body_bytes
@@ -121,7 +139,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
                     await self._admit(call, raw)
                     response = await answer(call, method, raw, context)
             except Exception as error:
-                await self._refuse(call, error, context)
+                await self._refuse(call, error, raw, context)
                 raise
             finally:
                 seconds.observe(time.perf_counter() - began)
@@ -147,7 +165,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
                 async for message in method(read_request(raw, call), context):
                     yield message.SerializeToString()
             except Exception as error:
-                await self._refuse(call, error, context)
+                await self._refuse(call, error, raw, context)
                 raise
             done.inc()
 
@@ -155,27 +173,66 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
 
     async def _admit(self, call: Call, raw: bytes) -> None:
         """Go through everything that stands between a caller and what he asks for."""
-        if not call.rpc.access.public:
-            caller = call.maybe_caller = await self._credentials.find_caller(call.metadata)
-            if caller is not None:
-                if caller.networks and not is_allowed(call.client_ip, caller.networks):
-                    raise IpDenied(call.client_ip)
-                verdict = self._limiter.hit(caller.credential_id, caller.rate_limit)
-                if caller.kind == "token":
-                    call.headers += (
-                        ("ratelimit-limit", str(verdict.limit)),
-                        ("ratelimit-remaining", str(verdict.remaining)),
-                        ("ratelimit-reset", str(verdict.reset)),
-                    )
-                if not verdict.allowed:
-                    raise RateLimited(verdict.limit, retry_after=verdict.reset)
+        if call.rpc.access.public:
+            await self._count_address(call, "public", of="requests without a credential")
+        else:
+            try:
+                caller = await self._identify(call)
+            except (Unauthenticated, IpDenied) as error:
+                if isinstance(error, IpDenied) and call.presented is not None:
+                    await self._count(call, call.presented, cost=0)
+                await self._count_address(call, "refused", of="requests without a valid credential")
+                raise
+            await self._count(call, caller)
+            call.maybe_caller = caller
         check_policy(call.rpc, call.maybe_caller)
         check_same_site(call)
         if len(raw) > self._max_body_bytes:
             raise TooLarge(self._max_body_bytes)
+        self._uses.used(call)
+
+    async def _identify(self, call: Call) -> Caller:
+        """Return who is calling.
+
+        Raises Unauthenticated for no credential or one that does not hold, IpDenied for one that must not be used from
+        where it is.
+        """
+        caller = call.presented = await self._credentials.find_caller(call.metadata)
+        if caller is None or not caller.holds(self._clock.now()):
+            raise Unauthenticated
+        if caller.networks and not is_allowed(call.client_ip, caller.networks):
+            raise IpDenied(call.client_ip)
+        return caller
+
+    async def _count(self, call: Call, caller: Caller, *, cost: int = 1) -> None:
+        """Count a request of a credential, and tell a token how many it has left.
+
+        Raises RateLimited.
+        """
+        verdict = await self._limiter.hit(caller.credential_id, caller.rate_limit, cost=cost)
+        if caller.kind == "token":
+            call.headers += (
+                ("ratelimit-limit", str(verdict.limit)),
+                ("ratelimit-remaining", str(verdict.remaining)),
+                ("ratelimit-reset", str(verdict.reset)),
+            )
+        if cost and not verdict.allowed:
+            raise RateLimited(verdict.limit, retry_after=verdict.reset)
+
+    async def _count_address(self, call: Call, kind: str, *, of: str) -> None:
+        """Count a request without a valid credential, by the address that it comes from.
+
+        Valid credentials are not counted here, and refused ones apart from logins, so that a whole office is not locked
+        out by one program in it. Raises RateLimited.
+        """
+        verdict = await self._limiter.hit(f"{kind}:{network_of(call.client_ip)}", self._anonymous_rate_limit)
+        if not verdict.allowed:
+            raise RateLimited(verdict.limit, retry_after=verdict.reset, of=f"{of} from one address")
 
     async def _read(self, call: Call, method: Any, raw: bytes, context: Context) -> bytes:
         response: Message = await method(read_request(raw, call), context)
+        if call.rpc.waits:
+            await self._identify(call)  # it may have ended while it waited
         if call.rest and call.rpc.response_body:
             response = bare_list(response, call.rpc.response_body)
         return response.SerializeToString()
@@ -200,7 +257,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
 
     async def _write(self, call: Call, method: Any, raw: bytes, context: Context) -> bytes:
         """Answer in a transaction that no caller interrupts by hanging up: it commits or rolls back as a whole."""
-        task = asyncio.create_task(self._transaction(call, method, read_request(raw, call), raw, context))
+        task = asyncio.create_task(self._transaction(call, method, read_request(raw, call), context))
         self._writes.add(task)
         task.add_done_callback(self._written)
         return await asyncio.shield(task)
@@ -210,12 +267,15 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         if not task.cancelled():
             task.exception()  # whoever still waits has it; if nobody does, it is not worth a warning
 
-    async def _transaction(self, call: Call, method: Any, request: Message, raw: bytes, context: Context) -> bytes:
+    async def _transaction(self, call: Call, method: Any, request: Message, context: Context) -> bytes:
         key = self._idempotency.key_of(call)
         async with self._store.session() as session:
             call.maybe_session = session
             if key is not None:
-                before = await self._idempotency.claim(session, call, key, raw)
+                # Not the bytes as they came: the edge writes fields in the order of the JSON, and maps have none.
+                before = await self._idempotency.claim(
+                    session, call, key, request.SerializeToString(deterministic=True)
+                )
                 if before is not None:
                     call.headers += (*before.headers, ("idempotent-replayed", "true"))
                     return before.message
@@ -228,6 +288,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
             if key is not None:
                 headers = call.headers[headers_before:]
                 await self._idempotency.record(session, call, key, Answer(answer, tuple(headers)))
+            entry = await self._tell(call, session, request, response)
             await session.commit()
         for then in call.after_commit:
             then()
@@ -237,10 +298,34 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
             credential=call.maybe_caller.credential_id if call.maybe_caller else None,
             ip=call.client_ip,
             request_id=call.request_id,
+            # Where an operator keeps the log elsewhere, it anchors the record: its end cannot be cut off unseen.
+            record=entry.sequence,
+            digest=entry.digest,
         )
         return answer
 
-    async def _refuse(self, call: Call, error: Exception, context: Context) -> None:
+    async def _tell(self, call: Call, session: AsyncSession, request: Message, response: Message) -> AuditEntry:
+        """Add a change to the account's record and feed, whose locks are the last that a transaction takes.
+
+        Returns the entry of the record.
+        """
+        entry = await self._audit.record(session, call, request, response)
+        account_id = call.account_id
+        if account_id is None:
+            return entry
+        await self._feed.append(
+            session,
+            account_id=account_id,
+            type_=call.rpc.action,
+            resource_id=getattr(response, "id", call.target or account_id),
+            resource_name=getattr(response, "name", None),
+            status=getattr(response, "status", None),
+            request_id=call.request_id,
+        )
+        call.after_commit.append(partial(self._feed.announce, account_id))
+        return entry
+
+    async def _refuse(self, call: Call, error: Exception, raw: bytes, context: Context) -> None:
         """Abort the RPC with what the caller may know; the rest goes to the log."""
         if not isinstance(error, PortalError):
             details = {"rpc": call.rpc.name, "request_id": call.request_id}
@@ -253,4 +338,6 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         elif error.__cause__ is not None:
             _log.warning(str(error), rpc=call.rpc.name, request_id=call.request_id, cause=repr(error.__cause__))
         self._metrics.rpcs.labels(call.rpc.name, error.code).inc()
+        self._uses.refused(call, error)
+        self._audit.refused(call, error, raw)
         await context.abort(error.status, str(error), trailing_metadata(error, call))

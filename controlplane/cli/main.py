@@ -15,14 +15,20 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 import click
 import uvloop
 from pydantic import ValidationError
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import make_url, text
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlmodel import col, select
 
 from controlplane import __version__
 from controlplane.accounts import admin
+from controlplane.accounts.model import Account
+from controlplane.audit.log import AuditLog
+from controlplane.audit.verify import Verdict, verify
 from controlplane.catalog.model import Catalog, CatalogError
 from controlplane.clock import SystemClock
-from controlplane.keys import KeyFileError
+from controlplane.keys import KeyFileError, Keys
 from controlplane.local.postgres import EmbeddedPostgresError
+from controlplane.migrations import head as newest_revision
 from controlplane.migrations import migrate as run_migrations
 from controlplane.observe import logs
 from controlplane.server import StartError, run
@@ -30,7 +36,7 @@ from controlplane.settings import Settings
 from controlplane.sql import Store
 
 T = TypeVar("T")
-_SECRET_SETTINGS = {"database_url"}
+_SECRET_SETTINGS = {"database_url", "valkey_url", "oidc_client_secret"}
 
 
 def main() -> None:
@@ -98,7 +104,7 @@ def settings() -> None:
 
 @commands.group()
 def account() -> None:
-    """Open, list, change and disable customers' accounts."""
+    """Open, list, change, disable and enable customers' accounts."""
 
 
 @account.command("create")
@@ -108,15 +114,27 @@ def account() -> None:
 @click.option("--last-name", help="The holder's last name.")
 @click.option("--company-name", help="The company, if it is one.")
 @click.option("--password-stdin", is_flag=True, help="Read the password from standard input instead of asking.")
-def create_account(password_stdin: bool, **given: str | None) -> None:
+@click.option("--no-password", is_flag=True, help="Let the provider's own login (OpenID Connect) be the only one.")
+def create_account(password_stdin: bool, no_password: bool, **given: str | None) -> None:
     """Open an account."""
     catalog = Catalog.load(_settings().catalog)
-    if password_stdin:
+    if password_stdin and no_password:
+        raise click.UsageError("--password-stdin and --no-password exclude each other.")
+    if no_password:
+        password = None
+    elif password_stdin:
         password = sys.stdin.readline().rstrip("\n")
     else:
         password = click.prompt("Password", hide_input=True, confirmation_prompt=True)
-    made = _with_store(
-        lambda store: admin.create_account(store, catalog, SystemClock(), password=password, **given)  # type: ignore[arg-type]
+    made = _with_record(
+        lambda store, audit: admin.create_account(
+            store,
+            catalog,
+            SystemClock(),
+            audit=audit,
+            password=password,
+            **given,  # type: ignore[arg-type]
+        )
     )
     click.echo(f"Opened the account {made.id} for {made.email}, with the plan {made.plan}.")
 
@@ -140,7 +158,7 @@ def list_accounts() -> None:
 def set_plan(email: str, plan: str) -> None:
     """Give an account another plan; nothing that it has is taken away."""
     catalog = Catalog.load(_settings().catalog)
-    changed = _with_store(lambda store: admin.set_plan(store, catalog, email=email, plan=plan))
+    changed = _with_record(lambda store, audit: admin.set_plan(store, catalog, audit=audit, email=email, plan=plan))
     click.echo(f"{changed.email} has the plan {changed.plan} now.")
 
 
@@ -148,8 +166,37 @@ def set_plan(email: str, plan: str) -> None:
 @click.option("--email", required=True, help="The account's address.")
 def disable_account(email: str) -> None:
     """Refuse every token and login of an account from now on; what it has is left alone."""
-    changed = _with_store(lambda store: admin.disable(store, SystemClock(), email=email))
+    changed = _with_record(lambda store, audit: admin.disable(store, SystemClock(), audit=audit, email=email))
     click.echo(f"{changed.email} is disabled.")
+
+
+@account.command("enable")
+@click.option("--email", required=True, help="The account's address.")
+def enable_account(email: str) -> None:
+    """Let the tokens and logins of a disabled account in again, those that have not ended meanwhile."""
+    changed = _with_record(lambda store, audit: admin.enable(store, audit=audit, email=email))
+    click.echo(f"{changed.email} is enabled.")
+
+
+@commands.group()
+def audit() -> None:
+    """Look after the record of who did what."""
+
+
+@audit.command("verify")
+def verify_audit() -> None:
+    """Hold each account's record against its chain, and name the first entry of each that is not as it was written.
+
+    Nothing is changed; the server may be running.
+    """
+    verdict, emails = asyncio.run(_verify(_settings()))
+    for broken in verdict.broken:
+        whose = broken.account_id or "what belongs to no account"
+        known = f" ({emails[broken.account_id]})" if broken.account_id in emails else ""
+        click.echo(f"The record of {whose}{known} is broken at entry {broken.sequence}: {broken.reason}.")
+    if verdict.broken:
+        sys.exit(1)
+    click.echo(f"{verdict.entries} entries in {verdict.records} records are whole.")
 
 
 @commands.group()
@@ -168,6 +215,37 @@ def check_catalog(file: Path) -> None:
     )
 
 
+async def _verify(settings: Settings) -> tuple[Verdict, dict[str, str]]:
+    """Return what holds of the records, and the address of each account whose record does not."""
+    keys = settings.keys_path
+    url = make_url(settings.storage_url)
+    needed = [keys, Path(url.database or "")] if url.get_backend_name() == "sqlite" else [keys]
+    for file in needed:
+        if not file.exists():  # it would be made now
+            raise StartError(f"{file} is not there: what is to be verified?")
+    store = Store(settings.storage_url)
+    try:
+        await _check_schema(store)
+        verdict = await verify(store, Keys.load(keys))
+        is_broken = col(Account.id).in_([broken.account_id for broken in verdict.broken])
+        rows = await store.fetch(select(Account.id, Account.email).where(is_broken))
+        return verdict, {row.id: row.email for row in rows}
+    finally:
+        await store.close()
+
+
+async def _check_schema(store: Store) -> None:
+    """Raise StartError unless the schema is up to date, and leave it as it is."""
+    try:
+        rows = await store.fetch(text("SELECT version_num FROM alembic_version"))
+    except DBAPIError as error:
+        if "alembic_version" not in str(error.orig):  # there is no such table
+            raise
+        rows = []
+    if [row.version_num for row in rows] != [newest_revision()]:
+        raise StartError("The schema of the database is not up to date: run `controlplane migrate` first.")
+
+
 def _settings() -> Settings:
     try:
         return Settings()
@@ -181,6 +259,13 @@ def _in_words(problem: Any) -> str:
     name = "_".join(str(part) for part in problem["loc"])
     message = str(problem["msg"]).removeprefix("Value error, ")
     return f"HTX_{name.upper()}: {message}" if name else message
+
+
+def _with_record(work: Callable[[Store, AuditLog], Coroutine[Any, Any, T]]) -> T:
+    """Do something that goes into an account's record."""
+    settings = _settings()
+    keys = Keys.load(settings.keys_path)
+    return _with_store(lambda store: work(store, AuditLog(store=store, keys=keys, clock=SystemClock())))
 
 
 def _with_store(work: Callable[[Store], Coroutine[Any, Any, T]]) -> T:

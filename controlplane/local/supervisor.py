@@ -19,8 +19,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from controlplane import edge
 from controlplane.accounts.admin import count_accounts, create_account
+from controlplane.audit.log import AuditLog
 from controlplane.catalog.model import EMBEDDED, Catalog
 from controlplane.clock import SystemClock
+from controlplane.keys import Keys
 from controlplane.local.child import Child
 from controlplane.local.postgres import EmbeddedPostgres, EmbeddedPostgresError
 from controlplane.local.welcome import welcome
@@ -156,8 +158,10 @@ async def _make_demo_account(settings: Settings, catalog: Catalog) -> str | None
     try:
         if await count_accounts(store):
             return None
-        password = secrets.token_urlsafe(12)
-        await create_account(store, catalog, SystemClock(), email=DEMO_EMAIL, password=password)
+        clock, password = SystemClock(), secrets.token_urlsafe(12)
+        keys = Keys.load(settings.keys_path)
+        audit = AuditLog(store=store, keys=keys, clock=clock)
+        await create_account(store, catalog, clock, audit=audit, email=DEMO_EMAIL, password=password)
     finally:
         await store.close()
     return password

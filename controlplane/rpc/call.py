@@ -20,6 +20,8 @@ class Call:
 
     `client_ip` is the address that the edge saw, or the socket's for a native caller. `rest` tells a REST caller, who
     gets headers in place of some fields. `headers` go with the answer. `after_commit` runs once the write is safe.
+    `presented` is whose credential came along, whether it holds or not. `concerns` is the account that a call is about
+    which nobody has signed, that of a login; `target` what it is about where the answer does not say so.
     """
 
     rpc: Rpc
@@ -29,7 +31,10 @@ class Call:
     metadata: dict[str, str]
     headers: list[tuple[str, str]] = field(default_factory=list)
     after_commit: list[Callable[[], None]] = field(default_factory=list)
+    presented: Caller | None = None
     maybe_caller: Caller | None = None
+    concerns: str | None = None
+    target: str | None = None
     maybe_session: AsyncSession | None = None
 
     @property
@@ -41,6 +46,11 @@ class Call:
         if self.maybe_caller is None:
             raise Unauthenticated
         return self.maybe_caller
+
+    @property
+    def account_id(self) -> str | None:
+        """The account in whose record and feed the call belongs, if one is known."""
+        return self.presented.account_id if self.presented is not None else self.concerns
 
     @property
     def session(self) -> AsyncSession:

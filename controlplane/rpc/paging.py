@@ -1,17 +1,18 @@
-"""Pages of a list, oldest first (AIP-158): the token is the last id of the page before."""
+"""Pages of a list, oldest first (AIP-158): the token is the last id, or number, of the page before."""
 
 import base64
 import binascii
 import re
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
-from urllib.parse import urlencode
+from typing import Protocol, TypeVar, runtime_checkable
+from urllib.parse import parse_qsl, urlencode
 
 from controlplane.errors import BrokenRule, InvalidField
 from controlplane.rpc.call import Call
 
 MAX_PAGE = 1000
 _ID = re.compile(r"[a-z]+_[0-9a-z]+")
+_NUMBER = re.compile(r"[0-9]{1,9}")
 
 
 class PageRequest(Protocol):
@@ -26,12 +27,18 @@ class PageRequest(Protocol):
         """Where the page before ended; empty for the first."""
 
 
+@runtime_checkable
 class _Identified(Protocol):
     @property
     def id(self) -> str: ...
 
 
-RowT = TypeVar("RowT", bound=_Identified)
+class _Numbered(Protocol):
+    @property
+    def sequence(self) -> int: ...
+
+
+RowT = TypeVar("RowT", bound=_Identified | _Numbered)
 
 
 def bounds(request: PageRequest) -> dict[str, str | int]:
@@ -40,7 +47,12 @@ def bounds(request: PageRequest) -> dict[str, str | int]:
     That is one more than the page holds, to know whether there is a next page. Raises InvalidField for a token that
     is none of ours.
     """
-    return {"after": _read_token(request.page_token) if request.page_token else "", "limit": _size(request) + 1}
+    return {"after": _read_token(request.page_token, _ID) if request.page_token else "", "limit": _size(request) + 1}
+
+
+def bounds_by_number(request: PageRequest) -> tuple[int, int]:
+    """Return the same of a list whose rows are numbered: after this number, and at most so many."""
+    return int(_read_token(request.page_token, _NUMBER)) if request.page_token else 0, _size(request) + 1
 
 
 def cut(rows: Sequence[RowT], request: PageRequest, call: Call) -> tuple[Sequence[RowT], str | None]:
@@ -52,11 +64,15 @@ def cut(rows: Sequence[RowT], request: PageRequest, call: Call) -> tuple[Sequenc
     if len(rows) <= size:
         return rows, None
     page = rows[:size]
-    token = base64.urlsafe_b64encode(page[-1].id.encode()).decode().rstrip("=")
+    last = page[-1]
+    place = last.id if isinstance(last, _Identified) else str(last.sequence)
+    token = base64.urlsafe_b64encode(place.encode()).decode().rstrip("=")
     if not call.rest:
         return page, token
-    path = call.metadata["x-envoy-original-path"].partition("?")[0]
-    query = urlencode({"page_size": size, "page_token": token})
+    path, _, asked = call.metadata["x-envoy-original-path"].partition("?")
+    # The next page is one of the same list: whatever else was asked, such as a filter, is asked again.
+    others = [(name, value) for name, value in parse_qsl(asked) if name not in {"page_size", "page_token"}]
+    query = urlencode([*others, ("page_size", size), ("page_token", token)])
     call.headers.append(("link", f'<{path}?{query}>; rel="next"'))
     return page, None
 
@@ -65,12 +81,12 @@ def _size(request: PageRequest) -> int:
     return request.page_size or MAX_PAGE
 
 
-def _read_token(token: str) -> str:
+def _read_token(token: str, form: re.Pattern[str]) -> str:
     try:
         last = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True).decode("ascii")
     except (binascii.Error, ValueError):
         last = ""
-    if _ID.fullmatch(last) is None:
+    if form.fullmatch(last) is None:
         raise InvalidField(
             BrokenRule("page_token", "is not one that a list has answered with: leave it out to begin again")
         )

@@ -8,8 +8,9 @@ import pytest
 
 from controlplane.access.credentials import Credentials
 from controlplane.access.interceptor import AccessInterceptor
-from controlplane.access.rate import RateLimiter
+from controlplane.access.rate import LocalLimiter
 from controlplane.api.v1 import databases_pb2
+from controlplane.events.feed import Feed
 from controlplane.observe.traces import Traces
 from controlplane.rpc.contract import rpcs
 from controlplane.rpc.idempotency import Idempotency
@@ -26,12 +27,17 @@ async def channel(stack: Stack) -> AsyncIterator[grpc.aio.Channel]:
     access = AccessInterceptor(
         rpcs=rpcs(),
         store=server.store,
-        credentials=Credentials(store=server.store, keys=server.keys, catalog=server.catalog, clock=stack.clock),
-        limiter=RateLimiter(stack.clock),
+        clock=stack.clock,
+        credentials=Credentials(store=server.store, keys=server.keys, catalog=server.catalog),
+        limiter=LocalLimiter(stack.clock),
+        uses=server.uses,
+        audit=server.audit,
+        feed=Feed(store=server.store, clock=stack.clock),
         idempotency=Idempotency(keys=server.keys, clock=stack.clock),
         metrics=server.metrics,
         traces=Traces(),
         max_body_bytes=65536,
+        anonymous_rate_limit=1_000_000,
     )
 
     async def stream(request: Any, context: Any) -> AsyncIterator[Any]:

@@ -20,7 +20,7 @@ from controlplane.access.allowlist import is_allowed
 from controlplane.access.caller import Caller
 from controlplane.access.credentials import Credentials
 from controlplane.access.policy import check_policy
-from controlplane.access.rate import RateLimiter
+from controlplane.access.rate import LocalLimiter
 from controlplane.catalog.model import Catalog
 from controlplane.clock import SystemClock
 from controlplane.databases.service import _LIST
@@ -39,14 +39,13 @@ class Portal:
     """The parts of the server that both sides share."""
 
     def __init__(self, settings: Settings) -> None:
-        clock = SystemClock()
+        self.clock = SystemClock()
         self.store = Store(settings.storage_url)
-        self.limiter = RateLimiter(clock)
+        self.limiter = LocalLimiter(self.clock)
         self.credentials = Credentials(
             store=self.store,
             keys=Keys.load(settings.data_dir / "keys.json"),
             catalog=Catalog.load(settings.catalog),
-            clock=clock,
         )
         self._rows = Remembered[Sequence[Any]](self.store, most=_REMEMBERED)
         self._bytes = Remembered[bytes](self.store, most=_REMEMBERED)
@@ -107,12 +106,12 @@ async def get_caller(request: Request, response: Response) -> Caller:
     """Do what stands between a caller and the list, in the interceptor's order."""
     portal: Portal = request.app.state.portal
     caller = await portal.credentials.find_caller({"authorization": request.headers.get("authorization", "")})
-    if caller is None:
+    if caller is None or not caller.holds(portal.clock.now()):
         raise Unauthenticated
     address = request.client.host if request.client else ""
     if caller.networks and not is_allowed(address, caller.networks):
         raise IpDenied(address)
-    verdict = portal.limiter.hit(caller.credential_id, caller.rate_limit)
+    verdict = await portal.limiter.hit(caller.credential_id, caller.rate_limit)
     response.headers["ratelimit-limit"] = str(verdict.limit)
     response.headers["ratelimit-remaining"] = str(verdict.remaining)
     response.headers["ratelimit-reset"] = str(verdict.reset)

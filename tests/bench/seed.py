@@ -10,6 +10,7 @@ from typing import Any
 from controlplane.access.secrets import SHOWN_PREFIX, new_token
 from controlplane.accounts import admin
 from controlplane.accounts.model import Account
+from controlplane.audit.log import AuditLog
 from controlplane.catalog.model import Catalog
 from controlplane.clock import SystemClock
 from controlplane.databases.model import READY, Database
@@ -88,8 +89,10 @@ async def seed(settings: Settings) -> Seed:
 
 async def _fill(store: Store, catalog: Catalog, keys: Keys) -> Seed:
     logins = [Login(f"customer-{number}@example.com", secrets.token_urlsafe(12)) for number in range(ACCOUNTS)]
+    clock = SystemClock()
+    audit = AuditLog(store=store, keys=keys, clock=clock)
     accounts = [
-        await admin.create_account(store, catalog, SystemClock(), email=login.email, password=login.password)
+        await admin.create_account(store, catalog, clock, audit=audit, email=login.email, password=login.password)
         for login in logins
     ]
     rows: list[Token | Database] = []

@@ -22,11 +22,12 @@ async def test_help_tells_each_command(run: Run) -> None:
     )
     assert [ended.status for ended in (top, account, create, version)] == [0] * 4
     assert version.output == f"controlplane, version {__version__}\n"
-    for command in ("up", "serve", "migrate", "settings", "account", "catalog"):
+    for command in ("up", "serve", "migrate", "settings", "account", "audit", "catalog"):
         assert f"\n  {command} " in top.output
-    for command in ("create", "list", "set-plan", "disable"):
+    for command in ("create", "list", "set-plan", "disable", "enable"):
         assert f"\n  {command} " in account.output
-    assert "--password-stdin" in create.output
+    for option in ("--password-stdin", "--no-password"):
+        assert option in create.output
 
 
 async def test_a_wrong_command_is_2(run: Run) -> None:
@@ -38,7 +39,7 @@ async def test_a_wrong_command_is_2(run: Run) -> None:
 
 
 async def test_the_life_of_an_account(run: Run, tmp_path: Path) -> None:
-    """An account is opened once, listed, given another plan and disabled; its password is printed nowhere."""
+    """An account is opened once, listed, given another plan, disabled and enabled; its password is printed nowhere."""
     create = ("account", "create", "--password-stdin", "--email")
     made = await run(*create, "Ann@Example.com", stdin=f"{PASSWORD}\n")
     assert made.status == 0, made.errors
@@ -55,10 +56,23 @@ async def test_the_life_of_an_account(run: Run, tmp_path: Path) -> None:
     assert header.split() == ["ID", "EMAIL", "PLAN", "OPENED", "DISABLED"]
     assert line.split()[1:3] == ["ann@example.com", "business"]
     assert len(line.split()) == 7  # both dates with their times
+    enabled = await run("account", "enable", "--email", "ann@example.com")
+    assert (enabled.status, enabled.output) == (0, "ann@example.com is enabled.\n")
+    assert len((await run("account", "list")).output.splitlines()[1].split()) == 5
     assert not any(PASSWORD in ended.output + ended.errors for ended in (made, changed, disabled, listed))
     database = tmp_path / "data" / "controlplane.db"
     assert PASSWORD.encode() not in database.read_bytes()
     assert stat.S_IMODE(database.stat().st_mode) == 0o600
+
+
+async def test_an_account_without_a_password(run: Run) -> None:
+    """An account for the provider's own login is opened without asking for a password, and takes none."""
+    create = ("account", "create", "--no-password", "--email", "bob@example.com")
+    torn = await run(*create, "--password-stdin", stdin=f"{PASSWORD}\n")
+    assert (torn.status, "exclude each other" in torn.errors) == (2, True)
+    made = await run(*create)
+    assert (made.status, made.errors) == (0, "")
+    assert "bob@example.com, with the plan starter" in made.output
 
 
 @pytest.mark.parametrize(
@@ -69,6 +83,7 @@ async def test_the_life_of_an_account(run: Run, tmp_path: Path) -> None:
         ("create --email a@example.com --plan gold", f"{PASSWORD}\n", "There is no plan 'gold'; there are starter"),
         ("set-plan --email b@example.com --plan starter", "", "There is no account with the address b@example.com."),
         ("disable --email b@example.com", "", "There is no account with the address b@example.com."),
+        ("enable --email b@example.com", "", "There is no account with the address b@example.com."),
     ],
 )
 async def test_a_wrong_account_is_one_sentence(run: Run, arguments: str, stdin: str, sentence: str) -> None:

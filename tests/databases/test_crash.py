@@ -14,6 +14,7 @@ import grpc
 from controlplane.access.secrets import new_token
 from controlplane.accounts.admin import create_account
 from controlplane.api.v1 import backups_pb2, backups_pb2_grpc, databases_pb2, databases_pb2_grpc
+from controlplane.audit.log import AuditLog
 from controlplane.catalog.model import Catalog
 from controlplane.clock import SystemClock
 from controlplane.ids import new_id
@@ -50,7 +51,9 @@ class Installation:
         store = Store(self.database_url or f"sqlite+aiosqlite:///{self.folder}/controlplane.db")
         await migrate(store)
         catalog, clock, secret = Catalog.load(self.catalog), SystemClock(), new_token()
-        account = await create_account(store, catalog, clock, email="a@example.com", password=PASSWORD)
+        keys = Keys.load(self.folder / "keys.json")
+        audit = AuditLog(store=store, keys=keys, clock=clock)
+        account = await create_account(store, catalog, clock, audit=audit, email="a@example.com", password=PASSWORD)
         async with store.session() as session:
             session.add(
                 Token(
@@ -58,7 +61,7 @@ class Installation:
                     account_id=account.id,
                     name="crash",
                     scope="full",
-                    secret_digest=Keys.load(self.folder / "keys.json").digest(secret),
+                    secret_digest=keys.digest(secret),
                     prefix="htx_",
                     created_at=clock.now(),
                 )

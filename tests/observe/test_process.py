@@ -17,8 +17,10 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from controlplane.accounts.admin import create_account
 from controlplane.api.v1 import databases_pb2, databases_pb2_grpc, sessions_pb2, sessions_pb2_grpc
+from controlplane.audit.log import AuditLog
 from controlplane.catalog.model import Catalog
 from controlplane.clock import SystemClock
+from controlplane.keys import Keys
 from controlplane.migrations import migrate
 from controlplane.sql import Store
 from tests.cli.conftest import environment
@@ -83,7 +85,9 @@ async def process(tmp_path: Path) -> Process:
     """A server that is not started, with one account."""
     store = Store(f"sqlite+aiosqlite:///{tmp_path}/controlplane.db")
     await migrate(store)
-    await create_account(store, Catalog.load(None), SystemClock(), email=EMAIL, password=PASSWORD)
+    clock = SystemClock()
+    audit = AuditLog(store=store, keys=Keys.load(tmp_path / "keys.json"), clock=clock)
+    await create_account(store, Catalog.load(None), clock, audit=audit, email=EMAIL, password=PASSWORD)
     await store.close()
     return Process(tmp_path)
 

@@ -12,6 +12,7 @@ from controlplane.accounts.model import Account
 from controlplane.catalog.model import Catalog
 from controlplane.databases.model import PROVISIONING, ClusterUse, Database, password_binding
 from controlplane.databases.provisioner import DatabaseProvisioner
+from controlplane.events.feed import Feed
 from controlplane.keys import Keys
 from controlplane.migrations import migrate
 from controlplane.observe.metrics import Metrics, new_metrics
@@ -64,6 +65,7 @@ class Works:
         reconciler = Reconciler(
             store=store,
             clock=self.clock,
+            feed=Feed(store=store, clock=self.clock),
             provisioners=[provisioner],
             metrics=metrics or new_metrics(),
             concurrency=concurrency,
