@@ -1,9 +1,10 @@
-"""Every RPC of the contract against every kind of caller, at both doors, and an RPC that nobody made a policy for."""
+"""Every RPC against every kind of caller and every permission, at both doors; the page about it; what has no policy."""
 
 import asyncio
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,26 @@ from google.protobuf import descriptor_pb2, descriptor_pool
 
 from controlplane.api.v1 import access_pb2
 from controlplane.rpc.contract import ContractError, Rpc, read_rpc, rpcs
-from tests.doors import Door
-from tests.stack import Stack
+from tests.doors import Answer, Door, Native
+from tests.stack import PASSWORD, Stack
 
 SCOPES = ("full", "read", "databases", "functions", "proxies")
 EVERYONE = {"nobody", "revoked", "expired", "login", *SCOPES}
 HOLDERS = {"login", *SCOPES}
+REFUSALS = {"unauthenticated", "scope_denied", "login_required"}
 # Who may call what. It is written out here and not read from the contract, so that a slip there shows.
 ALLOWED: dict[str, set[str]] = {
     "GetOpenApi": EVERYONE,
     "CreateSession": EVERYONE,
     "GetSession": {"login"},
     "DeleteSession": {"login"},
+    "ListSessions": {"login"},
+    "RevokeSession": {"login"},
+    "BeginSession": EVERYONE,
+    "FinishSession": EVERYONE,
+    "ChangePassword": {"login"},
+    "ListAuditEntries": HOLDERS,
+    "ListEvents": HOLDERS,
     "GetMe": HOLDERS,
     "GetAccount": HOLDERS,
     "ListPlans": HOLDERS,
@@ -34,6 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "ListTokens": {"login"},
     "CreateToken": {"login"},
     "GetToken": {"login"},
+    "UpdateToken": {"login"},
     "RotateToken": {"login"},
     "DeleteToken": {"login"},
     "ListDatabases": HOLDERS,
@@ -54,9 +64,37 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "CreateDatabase": {"database": {"name": "a", "engine": "postgresql", "sku": "db-s-1vcpu-1gb"}},
     "UpdateDatabase": {"database": {"deletion_protection": True}},
     "CreateToken": {"token": {"name": "a"}},
+    "UpdateToken": {"token": {"name": "a"}},
+    "ChangePassword": {"password": {"current_password": PASSWORD, "new_password": f"{PASSWORD}, but another"}},
     "CreateSession": {"session": {"email": "", "password": ""}},
 }
 CONTRACT = list(rpcs().values())
+PAGE = (Path(__file__).parents[2] / "docs" / "permissions.md").read_text()
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of the page's table: what an RPC needs, and which of the columns it is ticked in."""
+
+    route: str
+    needs: str
+    ticked: set[str]
+
+
+def read_page() -> dict[str, Row]:
+    """Return the table of docs/permissions.md by the RPC's name."""
+    head, _, *lines = (
+        [cell.strip().strip("`") for cell in line.strip("|").split("|")]
+        for line in PAGE.splitlines()
+        if line.startswith("|")
+    )
+    return {
+        cells[1]: Row(cells[0], cells[2], {name for name, cell in zip(head[3:], cells[3:], strict=True) if cell == "✓"})
+        for cells in lines
+    }
+
+
+DOCUMENTED = read_page()
 
 
 @pytest.fixture(scope="module")
@@ -74,19 +112,24 @@ async def callers(stack: Stack) -> dict[str, dict[str, str]]:
     return {**bearers, "nobody": {}, "login": {"cookie": customer.cookie, "sec-fetch-site": "same-origin"}}
 
 
-@pytest.mark.parametrize("rpc", CONTRACT, ids=lambda rpc: rpc.name)
-async def test_each_rpc_lets_in_whom_it_may(rpc: Rpc, callers: dict[str, dict[str, str]], door: Door) -> None:
-    """Each RPC has a servicer, answers the callers that it is for, and refuses every other kind for its reason."""
+async def ask(door: Door, rpc: Rpc, headers: dict[str, str]) -> Answer:
+    """Call an RPC in a way that changes nothing."""
     asked = {"name": "nowhere", "id": "tk_none", "validate_only": True}
     fields = rpc.request.DESCRIPTOR.fields_by_name
     request = {name: value for name, value in asked.items() if name in fields} | REQUESTS.get(rpc.name, {})
+    return await door.call(rpc.name, request, **headers)
+
+
+@pytest.mark.parametrize("rpc", CONTRACT, ids=lambda rpc: rpc.name)
+async def test_each_rpc_lets_in_whom_it_may(rpc: Rpc, callers: dict[str, dict[str, str]], door: Door) -> None:
+    """Each RPC has a servicer, answers whom it is for, as the page says, and refuses all others for their reason."""
+    let_in = set()
     for kind in sorted(callers):
-        if (rpc.name, kind) == ("DeleteSession", "login"):
-            continue  # it would log the others out, and tests/sessions has it
-        answer = await door.call(rpc.name, request, **callers[kind])
+        answer = await ask(door, rpc, callers[kind])
         if kind in ALLOWED[rpc.name]:
             expected = {"invalid_field"} if rpc.name == "CreateSession" else {"ok", "not_found"}
             assert answer.code in expected, (kind, answer.sentence)
+            let_in.add(kind)
         elif kind in {"nobody", "revoked", "expired"}:
             assert answer.code == "unauthenticated", kind
         elif "login" in ALLOWED[rpc.name] and len(ALLOWED[rpc.name]) == 1:
@@ -94,6 +137,51 @@ async def test_each_rpc_lets_in_whom_it_may(rpc: Rpc, callers: dict[str, dict[st
         else:
             assert answer.code == "scope_denied", kind
             assert f"'{kind}'" in answer.sentence
+    said = DOCUMENTED[rpc.name]
+    assert said.ticked == let_in & HOLDERS
+    assert (said.needs == "nothing") == ("nobody" in let_in)
+    assert (said.needs == "a login") == (let_in == {"login"})
+
+
+async def test_a_permission_lets_in_where_it_is_needed(stack: Stack, native: Native) -> None:
+    """A token with one permission, or all of one resource, is let in by just what needs that; `*:*` is like `full`."""
+    customer = await stack.customer()
+    needed = {row.needs for row in DOCUMENTED.values() if ":" in row.needs}
+    assert f"## All permissions\n{chr(10).join(f'- `{each}`' for each in sorted(needed))}\n" in PAGE
+
+    async def let_in(permission: str) -> set[str]:
+        token = (await customer.new_token(permissions=[permission]))["token"]
+        headers = {"authorization": f"Bearer {token}"}
+        answers = await asyncio.gather(*(ask(native, rpc, headers) for rpc in CONTRACT))
+        found = {rpc.name for rpc, answer in zip(CONTRACT, answers, strict=True) if answer.code not in REFUSALS}
+        for rpc, answer in zip(CONTRACT, answers, strict=True):
+            if answer.code == "scope_denied":
+                assert DOCUMENTED[rpc.name].needs in answer.sentence
+                assert f"the permissions {permission}" in answer.sentence
+        return found
+
+    anybody = {name for name, row in DOCUMENTED.items() if row.needs in {"nothing", "any credential"}}
+    for permission in needed:
+        assert await let_in(permission) == anybody | {n for n, row in DOCUMENTED.items() if row.needs == permission}
+    for resource in {permission.partition(":")[0] for permission in needed}:
+        of_it = {name for name, row in DOCUMENTED.items() if row.needs.startswith(f"{resource}:")}
+        assert await let_in(f"{resource}:*") == anybody | of_it
+    assert await let_in("*:*") == {name for name, row in DOCUMENTED.items() if "full" in row.ticked}
+
+
+def test_the_page_has_every_operation() -> None:
+    """docs/permissions.md has a row for each RPC, with its route."""
+    assert {name: row.route for name, row in DOCUMENTED.items()} == {
+        rpc.name: f"{rpc.verb} {rpc.route}" for rpc in CONTRACT
+    }
+
+
+def test_each_write_can_be_validated() -> None:
+    """Each RPC that may change something takes `validate_only`; only the way back from a provider's login cannot."""
+    lacking = {
+        rpc.name for rpc in CONTRACT if rpc.writes and "validate_only" not in rpc.request.DESCRIPTOR.fields_by_name
+    }
+    assert lacking == {"FinishSession"}
 
 
 def test_each_rpc_is_in_the_table() -> None:

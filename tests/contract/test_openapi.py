@@ -128,9 +128,7 @@ def test_an_operation_takes_every_field_of_the_request(rpc: Rpc) -> None:
 def test_an_operation_lists_its_answers(rpc: Rpc) -> None:
     """An operation lists the status of success, its RPC's own errors, and the errors that all of its kind share."""
     operation = _operation(rpc)
-    wanted = {rpc.status, 503, 504, *rpc.errors}
-    if operation.get("parameters") or rpc.body:
-        wanted |= {400}
+    wanted = {rpc.status, 400, 431, 503, 504, *rpc.errors}
     if rpc.body:
         wanted |= {413, 415}
     if not rpc.access.public:
@@ -139,6 +137,9 @@ def test_an_operation_lists_its_answers(rpc: Rpc) -> None:
     assert set(operation["responses"]) == {str(status) for status in wanted}
     for status in wanted - {rpc.status}:
         assert _schema(_resolve(operation["responses"][str(status)])) == _component("Error")
+    if rpc.status == 303:
+        assert "content" not in operation["responses"]["303"]
+        return
     answer = _schema(operation["responses"][str(rpc.status)])
     assert (answer.get("type") == "array") == bool(rpc.response_body)
 
@@ -153,7 +154,8 @@ def test_an_operation_lists_its_headers(rpc: Rpc) -> None:
     assert ("Idempotency-Key" in takes) == ("Idempotent-Replayed" in gives) == repeatable
     assert ("If-Match" in takes) == (412 in rpc.errors)
     assert ("ETag" in gives) == (rpc.response.DESCRIPTOR.name in {"Backup", "Database", "Token"})
-    assert ("Link" in gives) == ("page_token" in rpc.request.DESCRIPTOR.fields_by_name)
+    assert ("Link" in gives) == (rpc.waits or "page_token" in rpc.request.DESCRIPTOR.fields_by_name)
+    assert ("Location" in gives) == (rpc.status == 303)
     by_token = bool(rpc.access.permission) or rpc.access.authenticated
     assert {"RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset"}.issubset(gives) == by_token
     assert all("X-Request-Id" in _resolve(answer)["headers"] for answer in operation["responses"].values())
