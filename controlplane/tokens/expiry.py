@@ -71,6 +71,6 @@ async def _lock(session: AsyncSession, found: Select[Any]) -> Sequence[Token]:
     They are looked for twice: a statement that waits for a lock still sees the rest as it was before the wait.
     """
     first = found.order_by(col(Token.id)).limit(_AT_A_TIME)
-    lock = select(Token.id).where(col(Token.id).in_(first)).order_by(col(Token.id)).with_for_update()
+    lock = select(Token.id).where(col(Token.id).in_(first)).order_by(col(Token.id)).with_for_update(key_share=True)
     ids = (await session.scalars(lock)).all()
     return (await session.scalars(select(Token).where(col(Token.id).in_(found.where(col(Token.id).in_(ids)))))).all()

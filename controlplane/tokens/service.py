@@ -180,7 +180,7 @@ class TokenService(tokens_pb2_grpc.TokenServiceServicer):
 
     async def _lock(self, call: Call, token_id: str) -> Token:
         found = await call.session.execute(
-            _BY_ID.with_for_update(), {"account_id": call.caller.account_id, "id": token_id}
+            _BY_ID.with_for_update(key_share=True), {"account_id": call.caller.account_id, "id": token_id}
         )
         token: Token | None = found.scalar_one_or_none()
         if token is None:
