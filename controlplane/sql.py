@@ -39,7 +39,7 @@ class Store:
     def __init__(self, url: str) -> None:
         self.url = make_url(url)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
-        self._engine = _sqlite_engine(url) if self.is_sqlite else _postgresql_engine(url)
+        self._engine = _sqlite_engine(url) if self.is_sqlite else _postgresql_engine(url, pool_pre_ping=True)
         # Connections of their own: a transaction that reads something beside itself must not wait for those that wait
         # for it. On SQLite, reads have another way (see fetch).
         self._reads = (self._engine if self.is_sqlite else _postgresql_engine(url)).execution_options(
@@ -68,6 +68,14 @@ class Store:
         """
         if self.is_sqlite:
             return self._held_reader().execute(statement, parameters).all()
+        try:
+            return await self._read(statement, parameters)
+        except DBAPIError as error:
+            if not error.connection_invalidated:
+                raise
+        return await self._read(statement, parameters)  # the pool has noticed, and holds new connections only
+
+    async def _read(self, statement: Executable, parameters: Mapping[str, Any] | None) -> Sequence[Any]:
         async with self._reads.connect() as connection:
             return (await connection.execute(statement, parameters)).all()
 
@@ -141,9 +149,14 @@ class Remembered(Generic[T]):
         return value
 
 
-def _postgresql_engine(url: str) -> AsyncEngine:
+def _postgresql_engine(url: str, *, pool_pre_ping: bool = False) -> AsyncEngine:
+    """Return an engine of a PostgreSQL database.
+
+    With `pool_pre_ping` a connection is tried before it is used, so that a write does not fail by one that has died;
+    reads are repeated instead.
+    """
     # hide_parameters, here and below: an error's text has no values of its statement, such as hashes, for a log.
-    return create_async_engine(url, pool_size=10, hide_parameters=True)
+    return create_async_engine(url, pool_size=10, hide_parameters=True, pool_pre_ping=pool_pre_ping)
 
 
 def _sqlite_engine(url: str) -> AsyncEngine:

@@ -1,6 +1,7 @@
 """The control plane's own database: what was committed is seen at once, nothing is lost, an outage is known as one."""
 
 import asyncio
+import secrets
 import stat
 import struct
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import asyncpg
 import pytest
 from sqlalchemy import column, select, table, text
 from sqlalchemy.exc import DBAPIError
@@ -192,3 +194,24 @@ async def test_a_server_that_cannot_serve_is_an_outage(sqlstate: str) -> None:
             await store.check()
         await store.close()
     assert is_outage(refused.value)
+
+
+async def test_a_connection_that_has_died_fails_nothing(postgres: EmbeddedPostgres) -> None:
+    """After the server has ended all sessions, as a restart does, the next read and the next write go through."""
+    url = await new_storage(postgres, f"own_{secrets.token_hex(4)}")
+    store = Store(url)
+    await asyncio.gather(*(store.fetch(text("SELECT pg_sleep(0.05)")) for _ in range(5)))
+    async with store.session() as session:
+        await session.execute(text("CREATE TABLE t (n int)"))
+        await session.commit()
+    admin = await asyncpg.connect(postgres.admin_dsn)
+    ended = await admin.fetch(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1", store.url.database
+    )
+    await admin.close()
+    assert len(ended) >= 6
+    assert len(await store.fetch(text("SELECT 1"))) == 1
+    async with store.session() as session:
+        await session.execute(text("INSERT INTO t VALUES (1)"))
+        await session.commit()
+    await store.close()
