@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 # start other programs, and it would log a line at each.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+# structlog takes rich along where there is one, to colour tracebacks: 5 MB that a server has no use for.
+sys.modules.setdefault("rich", None)  # type: ignore[arg-type]
 
 import click
 import uvloop
