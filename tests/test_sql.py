@@ -206,9 +206,7 @@ async def test_a_connection_that_has_died_fails_nothing(postgres: EmbeddedPostgr
         await session.commit()
     admin = await asyncpg.connect(postgres.admin_dsn)
     end_all = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1"
-    ended = await admin.fetch(
-        end_all, store.url.database
-    )
+    ended = await admin.fetch(end_all, store.url.database)
     await admin.close()
     assert len(ended) >= 6
     assert len(await store.fetch(text("SELECT 1"))) == 1

@@ -20,7 +20,7 @@ from joserfc.jws import JWSRegistry
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from controlplane.clock import Clock
-from controlplane.sessions.oidc import Broken, Refused
+from controlplane.sessions.oidc_failures import Broken, Refused
 
 # Only signatures that the public key cannot make: never HS256 and its like, nor none.
 _ALGORITHMS = frozenset(

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from controlplane.clock import Clock
 from controlplane.errors import BadLogin, Unavailable
 from controlplane.keys import Keys
+from controlplane.sessions.oidc_failures import Broken, Refused
 
 LASTS = timedelta(minutes=10)
 
@@ -21,14 +22,6 @@ _BOUND_TO = "oidc"
 _RANDOM = 32  # bytes: 43 characters, the fewest that RFC 7636 takes for a verifier
 _AGAIN = "begin again at /api/portal/session/oidc."
 _ITS_OWN_TROUBLE = ("server_error", "temporarily_unavailable")
-
-
-class Refused(Exception):
-    """What came back from the issuer does not hold; why is for the log."""
-
-
-class Broken(Exception):
-    """The issuer does not answer, or not as OpenID Connect has it; how is for the log."""
 
 
 @dataclass(frozen=True, slots=True)
