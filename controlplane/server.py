@@ -192,6 +192,8 @@ class Server:
             asyncio.create_task(_repeat(self._look_after_tokens, every=FLUSH_EVERY)),
             asyncio.create_task(_repeat(self._feed.forget_old, every=_FORGET_EVERY)),
         ]
+        if not (self.store.is_sqlite or self.settings.valkey_url):
+            _log.warning("rates are counted by this server alone: set HTX_VALKEY_URL if there are several servers")
         _log.info("serving", grpc=f"{self.settings.grpc_host}:{self.settings.grpc_port}")
 
     def expose_metrics(self) -> None:
