@@ -90,11 +90,13 @@ class Credentials:
 
     async def _by_token(self, authorization: str) -> Caller | None:
         secret = authorization[len(_SCHEME) :].strip()
-        if not authorization.lower().startswith(_SCHEME) or not is_well_formed_token(secret):
+        if not authorization.lower().startswith(_SCHEME):
             return None
         return await self._remembered.get(secret, lambda: self._find_token(secret))
 
     async def _find_token(self, secret: str) -> Caller | None:
+        if not is_well_formed_token(secret):
+            return None
         rows = await self._store.fetch(_TOKEN, {"digests": self._keys.digests(secret)})
         if not rows:
             return None

@@ -1,9 +1,10 @@
 """The RPC that is being answered: what came with it, and what its answer takes along."""
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import unquote
 
 import grpc
@@ -83,12 +84,10 @@ def enter(rpc: Rpc, context: grpc.aio.ServicerContext) -> Call:  # type: ignore[
     """
     peer = context.peer()
     from_edge = peer.startswith("unix:")
-    metadata: dict[str, str] = {}
-    for key, value in context.invocation_metadata() or ():
-        if key.startswith("x-htx-") and not from_edge:
-            continue
-        text = value if isinstance(value, str) else value.hex()
-        metadata[key] = f"{metadata[key]},{text}" if key in metadata else text
+    given = context.invocation_metadata() or ()
+    metadata: dict[str, Any] = dict(given)
+    if not from_edge or len(metadata) < len(given):
+        metadata = _joined((key, value) for key, value in given if from_edge or not key.startswith("x-htx-"))
     call = Call(
         rpc=rpc,
         request_id=(metadata.get("x-request-id") if from_edge else None) or secrets.token_hex(16),
@@ -98,6 +97,14 @@ def enter(rpc: Rpc, context: grpc.aio.ServicerContext) -> Call:  # type: ignore[
     )
     _current.set(call)
     return call
+
+
+def _joined(given: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the metadata with one value for each key; several are joined, as HTTP has it."""
+    metadata: dict[str, Any] = {}
+    for key, value in given:
+        metadata[key] = f"{metadata[key]},{value}" if key in metadata else value
+    return metadata
 
 
 def _address_of(peer: str) -> str:
