@@ -18,6 +18,7 @@ from controlplane.databases.engines.engine import ClusterUnavailable
 from controlplane.events.feed import Feed
 from controlplane.migrations import migrate
 from controlplane.sql import Store
+from tests.clock import ManualClock
 from tests.events.conftest import EVENTS, feed_of
 from tests.reconcile.conftest import Works
 from tests.stack import Customer, Stack
@@ -173,6 +174,24 @@ async def test_a_place_is_free_again_after_a_rollback(feeds: list[tuple[Store, F
         await append(store, feed, f"keep-{keep}", keep=keep)
     events = await feed.read("ac_1", after=0, limit=10)
     assert [(event.sequence, event.resource_id) for event in events] == [(1, "keep-True"), (2, "keep-True")]
+
+
+async def test_old_events_go_and_places_stay(feeds: list[tuple[Store, Feed]]) -> None:
+    """After 90 days an event is forgotten, not before; the next one goes on counting."""
+    (store, _), *_ = feeds
+    clock = ManualClock()
+    feed = Feed(store=store, clock=clock)
+    await append(store, feed, "old")
+    clock.advance(timedelta(days=1).total_seconds())
+    await append(store, feed, "young")
+    clock.advance(timedelta(days=89).total_seconds())
+    await feed.forget_old()
+    assert [event.resource_id for event in await feed.read("ac_1", after=0, limit=10)] == ["old", "young"]
+    clock.advance(1)
+    await feed.forget_old()
+    await append(store, feed, "new")
+    events = await feed.read("ac_1", after=0, limit=10)
+    assert [(event.sequence, event.resource_id) for event in events] == [(2, "young"), (3, "new")]
 
 
 async def test_a_change_and_what_is_told_of_it_are_one(stack: Stack, customer: Customer) -> None:
