@@ -51,7 +51,7 @@ def to_proto(session: Session, *, email: str, current: bool) -> sessions_pb2.Ses
         email=email,
         created_at=stamp(session.created_at),
         expires_at=stamp(session.expires_at),
-        idle_expires_at=stamp(min(session.expires_at, session.last_used_at + IDLE)),
+        idle_expires_at=stamp(session.idle_expires_at),
         last_used_at=stamp(session.last_used_at),
         last_used_ip=session.last_used_ip,
         user_agent=session.user_agent,

@@ -21,6 +21,7 @@ from controlplane.rpc import paging
 from controlplane.rpc.call import Call, current
 from controlplane.sessions.cookies import clear_cookie, find_cookie, set_cookie
 from controlplane.sessions.model import IDLE, LASTS, Session, lock_all, to_proto
+from controlplane.sessions.oidc import LASTS as OIDC_LASTS
 from controlplane.sessions.oidc import Identity, OidcLogin
 from controlplane.sessions.throttle import LoginThrottle
 from controlplane.sql import Store
@@ -28,7 +29,6 @@ from controlplane.sql import Store
 Context = grpc.aio.ServicerContext[Any, Any]
 
 OIDC_COOKIE = "__Host-htx_oidc"
-_OIDC_LASTS = 600  # seconds in which somebody has to come back from the provider's own login
 _MOST = 50  # logins of one account: a program that never logs out must not fill the table
 _LONGEST_USER_AGENT = 200
 _KEPT_IN_A_PATH = "/?#&=+,;:@!$'()*~%"  # RFC 3986, and what is encoded already
@@ -134,7 +134,7 @@ class SessionService(sessions_pb2_grpc.SessionServiceServicer):
         if self._oidc is None:
             raise NoProviderLogin
         redirect = await self._oidc.begin(request.return_to or "/")
-        set_cookie(call, OIDC_COOKIE, redirect.cookie, seconds=_OIDC_LASTS)
+        set_cookie(call, OIDC_COOKIE, redirect.cookie, seconds=int(OIDC_LASTS.total_seconds()))
         return _sent_to(call, redirect.location)
 
     async def FinishSession(self, request: sessions_pb2.FinishSessionRequest, context: Context) -> HttpBody:
