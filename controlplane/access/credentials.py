@@ -8,7 +8,7 @@ from sqlmodel import col, select
 
 from controlplane.access.allowlist import parse_network
 from controlplane.access.caller import Caller
-from controlplane.access.permissions import CUSTOM, EVERYTHING, permissions_of
+from controlplane.access.permissions import EVERYTHING
 from controlplane.access.secrets import is_well_formed_token
 from controlplane.accounts.model import Account
 from controlplane.catalog.model import Catalog
@@ -17,7 +17,7 @@ from controlplane.keys import Keys
 from controlplane.sessions.cookies import find_cookie
 from controlplane.sessions.model import IDLE, Session
 from controlplane.sql import Remembered, Store
-from controlplane.tokens.model import Token
+from controlplane.tokens.model import Token, held_by, scope_of
 
 COOKIE = "__Host-htx_session"
 _SCHEME = "bearer "
@@ -107,8 +107,8 @@ class Credentials:
             plan=row.plan,
             kind="token",
             credential_id=row.id,
-            scope=row.scope or ("full" if row.permissions is None else CUSTOM),
-            permissions=permissions_of(row.scope) if row.permissions is None else frozenset(row.permissions),
+            scope=scope_of(row),
+            permissions=held_by(row),
             networks=tuple(parse_network(text) for text in row.allowed_ips),
             rate_limit=min(row.rate_limit_per_minute or plan_rate, plan_rate),
             expires_at=_sooner(row.expires_at, row.previous_until) if row.is_previous else row.expires_at,

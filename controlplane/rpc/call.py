@@ -85,7 +85,7 @@ def enter(rpc: Rpc, context: grpc.aio.ServicerContext) -> Call:  # type: ignore[
     peer = context.peer()
     from_edge = peer.startswith("unix:")
     given = context.invocation_metadata() or ()
-    metadata: dict[str, Any] = dict(given)
+    metadata: dict[str, Any] = dict(given)  # keys in -bin have bytes, and nobody here asks for those
     if not from_edge or len(metadata) < len(given):
         metadata = _joined((key, value) for key, value in given if from_edge or not key.startswith("x-htx-"))
     call = Call(

@@ -75,6 +75,11 @@ def status_of(token: Token, now: datetime) -> str:
     return "expired" if token.expires_at is not None and token.expires_at <= now else "active"
 
 
+def scope_of(token: Token) -> str:
+    """Return the name of what the token may do, `custom` if it has none."""
+    return token.scope or ("full" if token.permissions is None else CUSTOM)
+
+
 def held_by(token: Token) -> frozenset[str]:
     """Return the permissions of the token."""
     return permissions_of(token.scope) if token.permissions is None else frozenset(token.permissions)
@@ -107,7 +112,7 @@ def to_proto(
     shown = tokens_pb2.Token(
         id=token.id,
         name=token.name,
-        scope=token.scope or ("full" if token.permissions is None else CUSTOM),
+        scope=scope_of(token),
         permissions=sorted(held_by(token)),
         prefix=token.prefix,
         allowed_ips=token.allowed_ips,
