@@ -15,7 +15,7 @@ from controlplane.catalog.model import Catalog
 from controlplane.errors import Unauthenticated
 from controlplane.keys import Keys
 from controlplane.sessions.cookies import find_cookie
-from controlplane.sessions.model import IDLE, Session
+from controlplane.sessions.model import Session, idle_end
 from controlplane.sql import Remembered, Store
 from controlplane.tokens.model import Token, held_by, scope_of
 
@@ -130,7 +130,7 @@ class Credentials:
             permissions=frozenset({EVERYTHING}),
             networks=(),
             rate_limit=self._catalog.plan(row.plan).rate_limit_per_minute,
-            expires_at=min(row.expires_at, row.last_used_at + IDLE),
+            expires_at=idle_end(row),
             has_ended=row.disabled_at is not None,
         )
 

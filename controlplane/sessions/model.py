@@ -28,10 +28,10 @@ class Session(SQLModel, table=True):
     last_used_ip: str
     user_agent: str = ""
 
-    @property
-    def idle_expires_at(self) -> datetime:
-        """When it ends unless it is used before."""
-        return min(self.expires_at, self.last_used_at + IDLE)
+
+def idle_end(login: Session) -> datetime:
+    """Return when a login ends unless it is used before; a row with these columns will do."""
+    return min(login.expires_at, login.last_used_at + IDLE)
 
 
 async def lock_all(session: AsyncSession, account_id: str) -> Sequence[Session]:
@@ -51,7 +51,7 @@ def to_proto(session: Session, *, email: str, current: bool) -> sessions_pb2.Ses
         email=email,
         created_at=stamp(session.created_at),
         expires_at=stamp(session.expires_at),
-        idle_expires_at=stamp(session.idle_expires_at),
+        idle_expires_at=stamp(idle_end(session)),
         last_used_at=stamp(session.last_used_at),
         last_used_ip=session.last_used_ip,
         user_agent=session.user_agent,

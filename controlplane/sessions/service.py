@@ -20,7 +20,7 @@ from controlplane.keys import Keys
 from controlplane.rpc import paging
 from controlplane.rpc.call import Call, current
 from controlplane.sessions.cookies import clear_cookie, find_cookie, set_cookie
-from controlplane.sessions.model import IDLE, LASTS, Session, lock_all, to_proto
+from controlplane.sessions.model import IDLE, LASTS, Session, idle_end, lock_all, to_proto
 from controlplane.sessions.oidc import LASTS as OIDC_LASTS
 from controlplane.sessions.oidc import Identity, OidcLogin
 from controlplane.sessions.throttle import LoginThrottle
@@ -184,7 +184,7 @@ class SessionService(sessions_pb2_grpc.SessionServiceServicer):
         """Make a login for an account that this transaction has locked, and give the browser its cookie."""
         secret, now = new_session_secret(), self._clock.now()
         before = await lock_all(call.session, account.id)
-        staying = [session.id for session in before if now < session.idle_expires_at][1 - _MOST :]
+        staying = [session.id for session in before if now < idle_end(session)][1 - _MOST :]
         for session in before:
             if session.id not in staying:
                 await call.session.delete(session)
