@@ -25,7 +25,6 @@ from controlplane.sql import Store
 
 _MOST_KINDS = 1_000  # of refusals between two batches; what comes beyond that is counted without its details
 _LONGEST = 128  # characters of an id or a name
-_LONGEST_REQUEST = 64 * 1024  # bytes; the edge lets no longer JSON through, but native calls of up to 4 MB
 _REFUSALS = {401, 402, 403, 429}
 
 _ADVANCE = text(
@@ -202,8 +201,6 @@ def _credential(call: Call) -> str | None:
 
 def _read(call: Call, raw: bytes) -> list[Message]:
     """Return the request and what is inside it, or nothing if it is none: what is refused may be anything."""
-    if len(raw) > _LONGEST_REQUEST:  # whoever is refused must not have us read megabytes
-        return []
     try:
         request = call.rpc.request.FromString(raw)
     except DecodeError:
