@@ -2,9 +2,25 @@
 
 import asyncio
 from collections import Counter
-from pathlib import Path
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
-from controlplane.databases.engines.engine import Connection, EngineError, Target
+from controlplane.databases.engines.engine import Connection, Contents, Dump, EngineError, Observation, Target
+
+
+class FakeDump:
+    """A dump that is a name."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """Return the name."""
+        yield self._name.encode()
+
+    def contents(self) -> Contents:
+        """Return that there is nothing."""
+        return Contents({})
 
 
 class FakeEngine:
@@ -33,22 +49,47 @@ class FakeEngine:
         """Let those go on who wait since the last `hold`."""
         self._gate.set()
 
-    async def apply(self, target: Target) -> None:
+    async def apply(self, target: Target) -> tuple[str, ...]:
         """Keep the target."""
         await self._pass("apply", target.name)
+        before = self.databases.get(target.name)
         self.databases[target.name] = target
+        return () if before == target else ("the database",)
 
     async def drop(self, name: str) -> None:
         """Forget the target."""
         await self._pass("drop", name)
         self.databases.pop(name, None)
 
-    async def dump(self, name: str, path: Path) -> None:
-        """Write the name into the file."""
+    async def observe(self, name: str) -> Observation | None:
+        """Tell whether there is such a target."""
+        await self._pass("observe", name)
+        target = self.databases.get(name)
+        return None if target is None else Observation(login=target.login, connections=0, size_bytes=0)
+
+    async def names(self, prefix: str) -> set[str]:
+        """Return the names of the targets."""
+        return {name for name in self.databases if name.startswith(prefix)}
+
+    @asynccontextmanager
+    async def dump(self, name: str) -> AsyncIterator[Dump]:
+        """Open a dump that is the name."""
         await self._pass("dump", name)
         if name not in self.databases:
             raise EngineError("There is no such database.")
-        await asyncio.to_thread(path.write_text, name)
+        yield FakeDump(name)
+
+    async def restore(self, name: str, password: str, chunks: AsyncIterator[bytes]) -> None:
+        """Read the dump to its end."""
+        await self._pass("restore", name)
+        del password
+        async for _ in chunks:
+            pass
+
+    async def contents(self, name: str) -> Contents:
+        """Return that there is nothing."""
+        await self._pass("contents", name)
+        return Contents({})
 
     def connection(self, name: str, password: str) -> Connection:
         """Return an address that leads nowhere."""

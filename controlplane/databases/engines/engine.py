@@ -1,7 +1,8 @@
-"""The seam between the provisioner and a database engine: what every driver does, and how it fails."""
+"""The seam between the provisioners and a database engine: what every driver does, and how it fails."""
 
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 
@@ -9,15 +10,55 @@ from typing import Protocol
 class Target:
     """What a database is to be like on its cluster.
 
-    `name` is the generated name, used for the database and for its user: 3 to 63 lower-case letters, digits and
-    underscores, a letter first. `connections` is how many sessions the user may have at once. Without `login` the
-    data is kept, but nobody gets in.
+    `name` is the generated name, used for the database and for its user: 3 to 32 lower-case letters, digits and
+    underscores, a letter first. `connections` is how many sessions the user may have at once; `memory_mb` and
+    `storage_gb` are what the customer pays for, enforced as far as the engine can. Without `login` the data is kept,
+    but nobody gets in.
     """
 
     name: str
     password: str = field(repr=False)
     connections: int
+    memory_mb: int
+    storage_gb: int
     login: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What a database is like right now: whether its user may log in, his open sessions, and its size in bytes."""
+
+    login: bool
+    connections: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What is in a database: of each table or collection, by its full name, how many rows, and a checksum of them all.
+
+    The checksum does not depend on the order of the rows. Two databases with equal contents hold the same.
+    """
+
+    tables: Mapping[str, "Table"]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """How many rows a table has, and a checksum over them."""
+
+    rows: int
+    checksum: str
+
+
+class Dump(Protocol):
+    """A dump that is being read."""
+
+    def chunks(self) -> AsyncIterator[bytes]:
+        """Return the dump, in pieces of at most a megabyte; read it once, to its end."""
+
+    def contents(self) -> Contents:
+        """Return what is in the dump, once it was read to its end: as of the same moment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +91,10 @@ class Busy(EngineError):
 class Engine(Protocol):
     """One database engine's driver, bound to one cluster. All methods raise EngineError or a kind of it."""
 
-    async def apply(self, target: Target) -> None:
-        """Make the cluster match the target, whatever it finds there.
+    async def apply(self, target: Target) -> tuple[str, ...]:
+        """Make the cluster match the target, whatever it finds there; return what differed, in words for a customer.
 
+        Such as `("the connection limit", "the password")`; empty if all was well, `("the database",)` for a new one.
         Repeating it is safe: after a crash at any point, and when limits, rights, password, owner or user were
         changed behind our back. It never loses data.
         """
@@ -60,12 +102,23 @@ class Engine(Protocol):
     async def drop(self, name: str) -> None:
         """Remove the database and its user for good, ending their sessions; nothing happens if they are gone."""
 
-    async def dump(self, name: str, path: Path) -> None:
-        """Write a dump that the engine's own tools restore to the file `path`, synced to the disk.
+    async def observe(self, name: str) -> Observation | None:
+        """Return what the database is like, None if it or its user is not there."""
 
-        A file that is there already is replaced. None is left behind on failure or when cancelled, but a crash may
-        leave half of one: give a name aside, and rename it afterwards.
+    async def names(self, prefix: str) -> set[str]:
+        """Return the names of all databases and users on the cluster that begin with this."""
+
+    def dump(self, name: str) -> AbstractAsyncContextManager[Dump]:
+        """Open a dump of the database; leaving the context ends it, whether it was read to its end or not."""
+
+    async def restore(self, name: str, password: str, chunks: AsyncIterator[bytes]) -> None:
+        """Read a dump into an empty database, logged in as its own user and never with rights beyond his.
+
+        What is in a dump is not trusted: it came from a customer. Raises EngineError if it does not fit.
         """
+
+    async def contents(self, name: str) -> Contents:
+        """Return what is in a database now."""
 
     def connection(self, name: str, password: str) -> Connection:
         """Return how a customer reaches the database; this asks nobody."""

@@ -7,22 +7,14 @@ import asyncpg
 import pytest
 
 from controlplane.databases.engines.engine import Target
-from controlplane.databases.engines.postgresql import PostgreSQL
-from controlplane.local.postgres import EmbeddedPostgres
-from tests.databases.engines.cluster import BIN_DIR, Cluster, new_target
-from tests.stack import free_port
+from tests.databases.engines.cluster import EVERYTHING, LARGE, VIEW, Cluster, new_target, running
 
 
 @pytest.fixture(scope="session")
 async def cluster(folder: Path) -> AsyncIterator[Cluster]:
     """An embedded PostgreSQL of their own, as these tests tamper with it."""
-    data_dir = folder / "engines"
-    port = free_port()
-    server = EmbeddedPostgres(data_dir=data_dir, run_dir=data_dir / "run", port=port)
-    await server.start()
-    engine = PostgreSQL(admin_dsn=server.admin_dsn, host="127.0.0.1", port=port, bin_dir=BIN_DIR)
-    yield Cluster(admin_dsn=server.admin_dsn, rules=data_dir / "run/postgres.hba", port=port, engine=engine)
-    await server.stop()
+    async with running(folder / "engines") as cluster:
+        yield cluster
 
 
 @pytest.fixture
@@ -49,3 +41,20 @@ async def other(cluster: Cluster) -> AsyncIterator[Target]:
     await cluster.engine.apply(other)
     yield other
     await cluster.engine.drop(other.name)
+
+
+@pytest.fixture(scope="session")
+async def everything(cluster: Cluster) -> AsyncIterator[Target]:
+    """A database with one of each."""
+    target = new_target()
+    await cluster.engine.apply(target)
+    await cluster.run(target, EVERYTHING.read_text() + VIEW)
+    yield target
+    await cluster.engine.drop(target.name)
+
+
+@pytest.fixture
+async def large(cluster: Cluster, target: Target) -> Target:
+    """A database whose dump does not fit into a pipe."""
+    await cluster.run(target, LARGE)
+    return target
