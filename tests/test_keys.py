@@ -1,6 +1,8 @@
 """The server's keys: made once, rotated by adding one first, and never shown in an error."""
 
 import base64
+import hashlib
+import hmac
 import json
 import secrets
 import stat
@@ -100,6 +102,30 @@ def test_the_same_text_is_sealed_differently(keys: Keys) -> None:
     assert b"plain" not in base64.b64decode(keys.encrypt(b"plain", bound_to="row").partition(":")[2])
 
 
+def test_a_key_is_derived_for_one_purpose_and_one_salt(keys: Keys, path: Path) -> None:
+    """Another purpose, salt or server key gives another key, and the same ones the same."""
+    key_id, key = keys.derive("backup", b"salt")
+    assert (key_id, len(key)) == ("k1", 32)
+    others = [keys.derive("other", b"salt"), keys.derive("backup", b"pepper"), rotate(path).derive("backup", b"salt")]
+    assert len({key, *(other for _, other in others)}) == 4
+    assert keys.derive("backup", b"salt", key_id="k1") == (key_id, key)
+    with pytest.raises(KeyError):
+        keys.derive("backup", b"salt", key_id="")
+
+
+def test_an_old_key_is_derived_again_by_its_id(keys: Keys, path: Path) -> None:
+    """After a rotation the newest key is taken, and the old one for what names it."""
+    old, rotated = keys.derive("backup", b"salt"), rotate(path)
+    assert rotated.derive("backup", b"salt")[0] == "k2"
+    assert rotated.derive("backup", b"salt", key_id="k1") == old
+
+
+def test_a_key_is_derived_as_rfc_5869_has_it(keys: Keys) -> None:
+    """What is derived is HKDF-SHA256 of the key: one step of extraction, one of expansion."""
+    extracted = hmac.new(b"salt", base64.b64decode(keys.seal["k1"]), hashlib.sha256).digest()
+    assert keys.derive("backup", b"salt")[1] == hmac.new(extracted, b"backup\x01", hashlib.sha256).digest()
+
+
 def test_a_digest_is_of_the_secret_and_the_key(keys: Keys, path: Path) -> None:
     """Another secret, and another installation's key, give another digest."""
     assert keys.digest("a") == keys.digest("a") != keys.digest("b")
@@ -118,6 +144,7 @@ def test_a_digest_is_of_the_secret_and_the_key(keys: Keys, path: Path) -> None:
         ('{"mac": {"k1": "KEY"}, "seal": {"k1": "c2hvcnQ="}}', "seal.k1: .* 32 bytes in base64, and is 5"),
         ('{"mac": {"k1": "MTYgYnl0ZXMsIG5vdCAzMg=="}, "seal": {"k1": "KEY"}}', "mac.k1: .* and is 16"),
         ('{"mac": {"k1": "KEY"}, "seal": {"2026:10": "KEY"}}', "seal.2026:10"),
+        ('{"mac": {"k1": "KEY"}, "seal": {"' + 256 * "k" + '": "KEY"}}', "at most 255"),
         ('{"mac": {"k1": "KEY"}, "seal": {"k1": "KEY!"}}', "seal.k1: .* not base64"),
     ],
 )

@@ -38,7 +38,7 @@ from controlplane.settings import Settings
 from controlplane.sql import Store
 
 T = TypeVar("T")
-_SECRET_SETTINGS = {"database_url", "valkey_url", "oidc_client_secret"}
+_SECRET_SETTINGS = {"backup_secret_key", "database_url", "oidc_client_secret", "valkey_url"}
 
 
 def main() -> None:

@@ -61,7 +61,13 @@ class DatabaseProvisioner:
         if sku is None:
             raise NotYet("the provider", f"The provider no longer has the size {row.sku}: choose another.")
         password = self._keys.decrypt(row.password_sealed, bound_to=password_binding(row)).decode()
-        return Target(name=row.id, password=password, connections=sku.connections)
+        return Target(
+            name=row.id,
+            password=password,
+            connections=sku.connections,
+            memory_mb=sku.memory_mb,
+            storage_gb=sku.storage_gb,
+        )
 
     async def _check_no_backups(self, row: Database) -> None:
         """Raise NotYet while there are backups: their files go first, each with its own row."""
