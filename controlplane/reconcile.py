@@ -26,12 +26,16 @@ from controlplane.observe.metrics import Metrics
 from controlplane.rpc.times import stamp
 from controlplane.sql import Store, UtcDateTime
 
+FAILED = "failed"
+DELETING = "deleting"  # may take forever: what is being deleted must never come to rest as anything else
+
 LEASE = timedelta(seconds=30)
 _RENEW_EVERY = LEASE.total_seconds() / 3
 _LOOK_EVERY = 1.0  # seconds; for rows that another process ordered, and for the next try of those that failed
 _BACKOFF_FIRST = 0.5
 _BACKOFF_LONGEST = 30.0
 _SECONDS_TO_STOP = 10.0
+_LEAST_SECONDS = 60.0  # what is past its deadline when the server comes back gets this one chance
 
 _log = structlog.get_logger("reconciler")
 
@@ -40,7 +44,8 @@ class Reconciled(SQLModel):
     """What the reconciler needs of a row.
 
     `state` is shown to the customer as the status. `generation` counts orders, `observed_generation` is the newest one
-    that is real. A row is due once `next_attempt_at` has come and nobody holds its lease; without one it is settled.
+    that is real. A row is due once `next_attempt_at` has come and nobody holds its lease: for the next try of what was
+    ordered, or, where nothing is waited for, for another look at whether it still is so.
     """
 
     id: str = Field(primary_key=True)
@@ -52,39 +57,62 @@ class Reconciled(SQLModel):
     attempts: int = 0
     last_error: str | None = None
     next_attempt_at: datetime | None = Field(default=None, sa_type=UtcDateTime, index=True)
-    deadline_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    deadline_at: datetime | None = Field(default=None, sa_type=UtcDateTime, index=True)
     lease_token: str | None = None
     lease_until: datetime | None = Field(default=None, sa_type=UtcDateTime)
 
-    def order(self, state: str, *, now: datetime, within: timedelta | None, waiting_on: str) -> None:
-        """Want something new of the row: it is due at once, and has failed unless it is settled `within` this time."""
+    def order(self, state: str, *, now: datetime, within: timedelta, waiting_on: str) -> None:
+        """Want something new of the row: it is due at once, and has failed unless it is settled `within` this time.
+
+        A deletion never fails: the metrics tell of one that takes longer.
+        """
         self.state = state
         self.generation = (self.generation or 0) + 1
         self.waiting_on = waiting_on
         self.attempts = 0
         self.last_error = None
         self.next_attempt_at = now
-        self.deadline_at = now + within if within is not None else None
+        self.deadline_at = now + within
 
 
 def progress_of(row: Reconciled) -> progress_pb2.Progress | None:
-    """Return what a row is waiting for as the API shows it, or None once it is settled."""
-    if row.next_attempt_at is None:
+    """Return what a row is waiting for as the API shows it, or why it failed; None while all is as ordered."""
+    if row.waiting_on is None and row.last_error is None:
         return None
     return progress_pb2.Progress(
         waiting_on=row.waiting_on or "",
         attempts=row.attempts,
-        next_attempt_at=stamp(row.next_attempt_at) if row.attempts else None,
+        next_attempt_at=stamp(row.next_attempt_at) if row.waiting_on and row.attempts else None,
         last_error=row.last_error,
     )
 
 
 @dataclass(frozen=True, slots=True)
+class News:
+    """What the customer is told besides a change of the state, as the event `KIND.TYPE`."""
+
+    type: str
+    detail: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Settled:
-    """The row is as ordered, in this state; `values` are further columns that were learned."""
+    """The row is as ordered, in this state; `values` are further columns that were learned.
+
+    It is looked at again at `look_again_at`, if there is such a time.
+    """
 
     state: str
     values: Mapping[str, Any] = field(default_factory=dict)
+    look_again_at: datetime | None = None
+    news: News | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """What was ordered will never be, however often it is tried; the reason is for the customer."""
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +129,15 @@ class NotYet(Exception):
 
 
 RowT = TypeVar("RowT", bound=Reconciled)
-Outcome = Settled | Gone
+Outcome = Settled | Failed | Gone
 
 
 class Provisioner(Protocol[RowT]):
-    """What one kind of resource adds: its table, its next step, and what goes with a row that is gone."""
+    """What one kind of resource adds: its table, its next step, and what goes with the outcome of one."""
 
     kind: str
     model: type[RowT]
+    at_once: int  # so many steps, so that what takes long of one kind keeps no other waiting
 
     async def step(self, row: RowT) -> Outcome:
         """Look at what is there and take the next step towards what the row wants; safe to repeat.
@@ -116,8 +145,8 @@ class Provisioner(Protocol[RowT]):
         Raises NotYet to be asked again later.
         """
 
-    async def forget(self, session: AsyncSession, row: RowT) -> None:
-        """Give back, in the transaction that deletes the row, what it held."""
+    async def follow_up(self, session: AsyncSession, row: RowT, outcome: Outcome) -> None:
+        """Do what goes with an outcome, in the transaction that keeps it: give back what a row held that is gone."""
 
 
 class Reconciler:
@@ -131,16 +160,14 @@ class Reconciler:
         provisioners: Sequence[Provisioner[Any]],
         feed: Feed,
         metrics: Metrics,
-        concurrency: int = 8,
     ) -> None:
         self._store = store
         self._clock = clock
         self._feed = feed
         self._provisioners = provisioners
         self._metrics = metrics
-        self._concurrency = concurrency
         self._woken = asyncio.Event()
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: dict[asyncio.Task[None], str] = {}  # each with its kind
         self._loop: asyncio.Task[None] | None = None
         self._stopping = False
 
@@ -181,16 +208,16 @@ class Reconciler:
     async def _start_due(self, provisioner: Provisioner[Any]) -> None:
         """Start a step for each due row, as far as there is room."""
         due = await self._count_due(provisioner)
-        while due and not self._stopping and len(self._running) < self._concurrency:
+        while due and not self._stopping and list(self._running.values()).count(provisioner.kind) < provisioner.at_once:
             row = await self._claim(provisioner)
             if row is None:
                 return
             task = asyncio.create_task(self._work(provisioner, row))
-            self._running.add(task)
+            self._running[task] = provisioner.kind
             task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._running.discard(task)
+        del self._running[task]
         self._woken.set()  # there is room again
         if not task.cancelled() and task.exception() is not None:
             _log.error("a step's outcome could not be kept; its lease runs out", exc_info=task.exception())
@@ -198,7 +225,7 @@ class Reconciler:
     async def _count_due(self, provisioner: Provisioner[Any]) -> int:
         """Return how many rows are due, by a read, so that an idle server writes nothing; and tell the metrics."""
         model, now = provisioner.model, self._clock.now()
-        overdue = func.count().filter(col(model.deadline_at) < now)
+        overdue = select(func.count()).where(col(model.deadline_at) < now).scalar_subquery()
         rows = await self._store.fetch(
             select(func.count(), func.min(col(model.next_attempt_at)), overdue).where(*_is_due(model, now))
         )
@@ -209,12 +236,15 @@ class Reconciler:
         return int(due)
 
     async def _claim(self, provisioner: Provisioner[RowT]) -> RowT | None:
-        """Take the lease of the row that has been due longest, or None if there is none that is free."""
+        """Take the lease of the row that has been due longest, or None if there is none that is free.
+
+        What was ordered goes before what is only looked at again.
+        """
         model, now = provisioner.model, self._clock.now()
         first = (
             select(model.id)
             .where(*_is_due(model, now))
-            .order_by(col(model.next_attempt_at))
+            .order_by(col(model.waiting_on).is_(None), col(model.next_attempt_at))
             .limit(1)
             .with_for_update(skip_locked=True, key_share=True)  # SQLite has one writer and leaves this out
             .scalar_subquery()
@@ -232,9 +262,13 @@ class Reconciler:
         renewal = asyncio.create_task(self._renew(provisioner, row, asyncio.current_task()))
         try:
             with self._metrics.step_seconds.labels(provisioner.kind).time():
-                outcome: Outcome | NotYet = await provisioner.step(row)
+                async with asyncio.timeout(self._seconds_left(row)):
+                    outcome: Outcome | NotYet = await provisioner.step(row)
         except NotYet as answer:
             outcome = answer
+        except TimeoutError as error:
+            outcome = NotYet("the provider", "It was not done in time.")
+            outcome.__cause__ = error
         except asyncio.CancelledError:
             await self._hand_back(provisioner, row)
             raise
@@ -252,11 +286,18 @@ class Reconciler:
             **({"why": str(outcome), "cause": repr(outcome.__cause__)} if isinstance(outcome, Exception) else {}),
         )
 
+    def _seconds_left(self, row: Reconciled) -> float | None:
+        """Return how long a step may take, so that a cluster that never answers does not keep a row from failing."""
+        if row.deadline_at is None or row.state == DELETING:
+            return None
+        return max((row.deadline_at - self._clock.now()).total_seconds(), _LEAST_SECONDS)
+
     async def _renew(self, provisioner: Provisioner[RowT], row: RowT, work: asyncio.Task[None] | None) -> None:
-        """Hold the lease for as long as the step runs; a step that has lost it is cancelled."""
+        """Hold the lease for as long as the step runs; cancel one that has lost it, or does what nobody wants now."""
+        wanted = col(provisioner.model.state) == row.state
         while True:
             await asyncio.sleep(_RENEW_EVERY)
-            if not await self._update(provisioner.model, row, {"lease_until": self._clock.now() + LEASE}):
+            if not await self._update(provisioner.model, row, {"lease_until": self._clock.now() + LEASE}, wanted):
                 if work is not None:
                     work.cancel()
                 return
@@ -278,22 +319,25 @@ class Reconciler:
                     await session.execute(select(model).where(*mine, _same_order(model, row)).with_for_update())
                 ).scalar_one_or_none()
                 if current is not None:
-                    await provisioner.forget(session, current)
+                    await provisioner.follow_up(session, current, outcome)
                     await session.delete(current)
                 kept = current is not None
             else:
                 values = {**self._values(row, outcome), "lease_token": None, "lease_until": None}
                 kept = await _affects(session, update(model).where(*mine, _same_order(model, row)).values(values))
                 state, detail = values.get("state", row.state), values["last_error"]
-            if kept and state != row.state:
+                if kept and not isinstance(outcome, NotYet):
+                    await provisioner.follow_up(session, row, outcome)
+            news = [outcome.news] if isinstance(outcome, Settled) and outcome.news else []
+            for each in (*news, *([News(state, detail)] if state != row.state else [])) if kept else ():
                 await self._feed.append(
                     session,
                     account_id=row.account_id,
-                    type_=f"{provisioner.kind}.{state}",
+                    type_=f"{provisioner.kind}.{each.type}",
                     resource_id=row.id,
                     resource_name=getattr(row, "name", None),
                     status=state,
-                    detail=detail,
+                    detail=each.detail,
                 )
             if not kept:
                 free = {"lease_token": None, "lease_until": None}
@@ -302,14 +346,16 @@ class Reconciler:
         self._feed.announce(row.account_id)
         return kept
 
-    def _values(self, row: Reconciled, outcome: Settled | NotYet) -> dict[str, Any]:
+    def _values(self, row: Reconciled, outcome: Settled | Failed | NotYet) -> dict[str, Any]:
         now = self._clock.now()
         settled = {"waiting_on": None, "next_attempt_at": None, "deadline_at": None, "attempts": 0}
         if isinstance(outcome, Settled):
             observed = {"state": outcome.state, "observed_generation": row.generation, "last_error": None}
-            return {**settled, **observed, **outcome.values}
-        if row.deadline_at is not None and row.deadline_at <= now:
-            return {**settled, "state": "failed", "last_error": str(outcome)}
+            return {**settled, **observed, "next_attempt_at": outcome.look_again_at, **outcome.values}
+        if isinstance(outcome, Failed):
+            return {**settled, "state": FAILED, "last_error": outcome.reason}
+        if row.deadline_at is not None and row.deadline_at <= now and row.state != DELETING:
+            return {**settled, "state": FAILED, "last_error": str(outcome)}
         delay = min(_BACKOFF_LONGEST, _BACKOFF_FIRST * 2 ** min(row.attempts, 10)) * random.uniform(0.5, 1)  # noqa: S311
         return {
             "waiting_on": outcome.waiting_on,
@@ -318,9 +364,9 @@ class Reconciler:
             "next_attempt_at": now + timedelta(seconds=delay),
         }
 
-    async def _update(self, model: type[RowT], row: RowT, values: Mapping[str, Any]) -> bool:
+    async def _update(self, model: type[RowT], row: RowT, values: Mapping[str, Any], *conditions: Any) -> bool:
         async with self._store.session() as session:
-            done = await _affects(session, update(model).where(*_is_mine(model, row)).values(values))
+            done = await _affects(session, update(model).where(*_is_mine(model, row), *conditions).values(values))
             await session.commit()
         return done
 

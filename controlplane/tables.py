@@ -7,6 +7,8 @@ from controlplane.accounts import model as _accounts  # noqa: F401
 from controlplane.audit import model as _audit  # noqa: F401
 from controlplane.backups import model as _backups  # noqa: F401
 from controlplane.databases import model as _databases  # noqa: F401
+from controlplane.databases import names as _names  # noqa: F401
+from controlplane.databases import sweep as _sweep  # noqa: F401
 from controlplane.events import model as _events  # noqa: F401
 from controlplane.rpc import idempotency as _idempotency  # noqa: F401
 from controlplane.sessions import model as _sessions  # noqa: F401

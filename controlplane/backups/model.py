@@ -6,20 +6,23 @@ from sqlalchemy import BigInteger, Index
 from sqlmodel import Field
 
 from controlplane.api.v1 import backups_pb2
-from controlplane.reconcile import Reconciled, progress_of
+from controlplane.databases.model import Database
+from controlplane.ids import new_id
+from controlplane.reconcile import DELETING, Reconciled, progress_of
 from controlplane.rpc.times import stamp
 from controlplane.sql import UtcDateTime
 
 RUNNING = "running"
 COMPLETED = "completed"
-DELETING = "deleting"
 DEADLINE = timedelta(hours=6)
+TO_DELETE = timedelta(hours=1)
 
 ON_DEMAND = "on_demand"
+SCHEDULED = "scheduled"
 
 
 class Backup(Reconciled, table=True):
-    """A backup of a database; its file is found by the two ids (see `files.py`)."""
+    """A backup of a database; where its files are and what they are bound to, `Identity` says (see `sealed.py`)."""
 
     __tablename__ = "backups"
     __table_args__ = (Index("ix_backups_list", "database_id", "id"),)
@@ -30,12 +33,32 @@ class Backup(Reconciled, table=True):
     sha256: str | None = None
     created_at: datetime = Field(sa_type=UtcDateTime)
     completed_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    expires_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    verified_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    verification_error: str | None = None
+
+
+def new_backup(database: Database, *, trigger: str, now: datetime) -> Backup:
+    """Return the order of a backup; a scheduled one expires by the database's retention."""
+    days = database.backup_days_kept if trigger == SCHEDULED else None
+    backup = Backup(
+        id=new_id("bk"),
+        account_id=database.account_id,
+        database_id=database.id,
+        trigger=trigger,
+        state=RUNNING,
+        generation=0,
+        created_at=now,
+        expires_at=now + timedelta(days=days) if days else None,
+    )
+    backup.order(RUNNING, now=now, within=DEADLINE, waiting_on=f"cluster {database.cluster_target}")
+    return backup
 
 
 def order_deletion(backup: Backup, *, now: datetime) -> None:
     """Want the backup away; once more changes nothing."""
     if backup.state != DELETING:
-        backup.order(DELETING, now=now, within=None, waiting_on="its file")
+        backup.order(DELETING, now=now, within=TO_DELETE, waiting_on="its file")
 
 
 def to_proto(backup: Backup, *, database: str) -> backups_pb2.Backup:
@@ -50,4 +73,7 @@ def to_proto(backup: Backup, *, database: str) -> backups_pb2.Backup:
         created_at=stamp(backup.created_at),
         completed_at=stamp(backup.completed_at),
         progress=progress_of(backup),
+        expires_at=stamp(backup.expires_at),
+        verified_at=stamp(backup.verified_at),
+        verification_error=backup.verification_error,
     )

@@ -1,98 +1,204 @@
-"""From what a backup's row wants to its files: the sealed dump, then the manifest that makes it one; or neither."""
+"""From what a backup's row wants to its files; and whether what is there can be restored, which only trying tells."""
 
-from collections.abc import AsyncIterator, Mapping
+import secrets
+from collections.abc import Mapping
+from datetime import datetime, timedelta
 from typing import Any
 
+from sqlalchemy import bindparam, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
 
 from controlplane.access import quota
-from controlplane.backups.manifest import Manifest, read_manifest, write_manifest
-from controlplane.backups.model import COMPLETED, DELETING, Backup
-from controlplane.backups.sealed import Identity, Sealing
-from controlplane.backups.storage import BackupStorage, StorageUnavailable
+from controlplane.backups.model import COMPLETED, RUNNING, SCHEDULED, TO_DELETE, Backup, order_deletion
+from controlplane.backups.sealed import BrokenBackup, Identity
+from controlplane.backups.storage import StorageUnavailable
+from controlplane.backups.vault import Progress, Vault
+from controlplane.catalog.model import Catalog
 from controlplane.clock import Clock
-from controlplane.databases.engines.engine import ClusterUnavailable, Engine, EngineError
+from controlplane.databases.engines.engine import Busy, ClusterUnavailable, Engine, EngineError, Target
 from controlplane.databases.model import Database
-from controlplane.keys import Keys
-from controlplane.reconcile import Gone, NotYet, Outcome, Settled
+from controlplane.databases.names import name_aside
+from controlplane.reconcile import DELETING, FAILED, Gone, News, NotYet, Outcome, Settled
 from controlplane.sql import Store
+
+_TELL_EVERY = timedelta(seconds=2)
+_VERIFY_AGAIN = timedelta(days=7)
+_LOOK_AGAIN = timedelta(days=1)  # at what failed its verification, or is kept beyond its time
+
+_NEWEST = (
+    select(Backup.id)
+    .where(col(Backup.database_id) == bindparam("database_id"), col(Backup.state) == COMPLETED)
+    .order_by(col(Backup.id).desc())
+    .limit(1)
+)
 
 
 class BackupProvisioner:
-    """Writes and removes backups through the driver of the database's cluster."""
+    """Writes, verifies and removes backups through the driver of the database's cluster."""
 
     kind = "backup"
     model = Backup
+    at_once = 4
 
     def __init__(
-        self, *, store: Store, clock: Clock, keys: Keys, engines: Mapping[str, Engine], storage: BackupStorage
+        self,
+        *,
+        store: Store,
+        clock: Clock,
+        catalog: Catalog,
+        engines: Mapping[str, Engine],
+        vault: Vault,
+        verify_after: timedelta,
     ) -> None:
         self._store = store
         self._clock = clock
-        self._keys = keys
+        self._catalog = catalog
         self._engines = engines
-        self._storage = storage
+        self._vault = vault
+        self._verify_after = verify_after
 
     async def step(self, row: Backup) -> Outcome:
         """Take the next step of a backup.
 
         Raises NotYet while the cluster or the storage does not let us.
         """
-        found = await self._store.fetch(
-            select(Database.engine, Database.cluster_target).where(col(Database.id) == row.database_id)
-        )
-        engine, cluster = found[0]
-        identity = Identity(account_id=row.account_id, database_id=row.database_id, backup_id=row.id, engine=engine)
+        found = await self._store.fetch(select(Database).where(col(Database.id) == row.database_id))
+        database: Database = found[0]
+        identity = identity_of(row, database)
         try:
             if row.state == DELETING:
-                # The manifest first: without it there is no backup, whatever is left.
-                await self._storage.remove(identity.manifest_name)
-                await self._storage.remove(identity.file_name)
+                await self._vault.remove(identity)
                 return Gone()
-            if not await self._storage.exists(identity.manifest_name):  # else only its outcome could not be kept
-                await self._write(identity, cluster)
-            manifest = await self._read(identity)
+            if row.state == RUNNING:
+                return await self._write(row, database, identity)
+            return await self._look(row, database, identity)
         except StorageUnavailable as error:
             raise NotYet("the storage of backups", str(error)) from error
-        return Settled(COMPLETED, _learned(manifest, completed_at=self._clock.now()))
-
-    async def forget(self, session: AsyncSession, row: Backup) -> None:
-        """Give back the quota."""
-        await quota.release(session, resource_id=row.id)
-
-    async def _write(self, identity: Identity, cluster: str) -> None:
-        engine = self._engines.get(cluster)
-        if engine is None:
-            raise NotYet(f"cluster {cluster}", "The provider has taken this cluster out of service.")
-        try:
-            async with engine.dump(identity.database_id) as dump:
-                sealing = Sealing(dump.chunks(), keys=self._keys, identity=identity)
-                written = await self._storage.write(identity.file_name, sealing)
-                contents = dump.contents()
-        except ClusterUnavailable as error:
-            raise NotYet(f"cluster {cluster}", str(error)) from error
+        except (ClusterUnavailable, Busy) as error:
+            raise NotYet(f"cluster {database.cluster_target}", str(error)) from error
         except EngineError as error:
             raise NotYet("the provider", str(error)) from error
-        manifest = Manifest(
-            backup=identity,
-            created_at=self._clock.now(),
-            sealed_bytes=written.size_bytes,
-            sealed_sha256=written.sha256,
-            plain_bytes=sealing.plain_bytes,
-            key_id=sealing.key_id,
-            contents=contents,
+
+    async def follow_up(self, session: AsyncSession, row: Backup, outcome: Outcome) -> None:
+        """Give back the quota of what is gone; order away what a new backup makes superfluous."""
+        if isinstance(outcome, Gone):
+            await quota.release(session, resource_id=row.id)
+        elif isinstance(outcome, Settled) and row.state == RUNNING and row.trigger == SCHEDULED:
+            await self._retain(session, row)
+
+    async def _write(self, row: Backup, database: Database, identity: Identity) -> Outcome:
+        engine = self._engine_of(database)
+        now = self._clock.now()
+        manifest = await self._vault.write(engine, identity, now=now, progress=self._progress(row))
+        completed_at = self._clock.now()
+        learned = {
+            "size_bytes": manifest.sealed_bytes,
+            "sha256": manifest.sealed_sha256,
+            "completed_at": completed_at,
+        }
+        return Settled(COMPLETED, learned, look_again_at=_earliest(completed_at + self._verify_after, row.expires_at))
+
+    def _progress(self, row: Backup) -> Progress:
+        """Return what keeps `size_bytes` going while the file grows, every now and then."""
+        told = self._clock.now()
+        mine = update(Backup).where(col(Backup.id) == row.id, col(Backup.lease_token) == row.lease_token)
+
+        async def tell(written: int) -> None:
+            nonlocal told
+            if (now := self._clock.now()) - told < _TELL_EVERY:
+                return
+            told = now
+            async with self._store.session() as session:
+                await session.execute(mine.values(size_bytes=written))
+                await session.commit()
+
+        return tell
+
+    async def _look(self, row: Backup, database: Database, identity: Identity) -> Outcome:
+        """See whether a completed backup has had its time, and else, if it is the newest, whether it can be restored.
+
+        The newest one of a database that is alive stays beyond its time: the one after it may never come.
+        """
+        now = self._clock.now()
+        newest = await self._store.fetch(_NEWEST, {"database_id": row.database_id})
+        is_newest = newest[0].id == row.id
+        is_alive = database.deleted_at is None and database.state != DELETING
+        if row.expires_at is not None and row.expires_at <= now:
+            if not (is_newest and is_alive):
+                order = {"waiting_on": "its file", "deadline_at": now + TO_DELETE}
+                return Settled(DELETING, order, look_again_at=now)
+        elif not (is_newest and is_alive):
+            return Settled(COMPLETED, look_again_at=row.expires_at)
+        error = await self._verify(row, database, identity)
+        again = now + (_VERIFY_AGAIN if error is None else _LOOK_AGAIN)
+        if row.expires_at is not None:
+            again = min(again, max(row.expires_at, now + _LOOK_AGAIN))
+        if error is None:
+            learned: dict[str, Any] = {"verified_at": self._clock.now(), "verification_error": None}
+            news = News("verified") if row.verified_at is None or row.verification_error else None
+            return Settled(COMPLETED, learned, look_again_at=again, news=news)
+        news = News("verification_failed", error)
+        return Settled(COMPLETED, {"verification_error": error}, look_again_at=again, news=news)
+
+    async def _verify(self, row: Backup, database: Database, identity: Identity) -> str | None:
+        """Restore the backup aside, compare, and drop it again; return why that cannot be done, None if it can."""
+        engine = self._engine_of(database)
+        sku = self._catalog.find_sku(database.sku)
+        if sku is None:
+            raise NotYet("the provider", f"The provider no longer has the size {database.sku}: choose another.")
+        aside = Target(
+            name=name_aside(database.object_name, row.id),
+            password=secrets.token_urlsafe(24),
+            connections=sku.connections,
+            memory_mb=sku.memory_mb,
+            storage_gb=sku.storage_gb,
         )
-        await self._storage.write(identity.manifest_name, _whole(write_manifest(manifest, keys=self._keys)))
+        try:
+            await self._vault.restore(engine, identity, aside)
+        except BrokenBackup as error:
+            return str(error)
+        except (ClusterUnavailable, Busy):
+            raise
+        except EngineError as error:
+            return f"It could not be restored: {error}"
+        finally:
+            await engine.drop(aside.name)
+        return None
 
-    async def _read(self, identity: Identity) -> Manifest:
-        raw = b"".join([chunk async for chunk in self._storage.read(identity.manifest_name)])
-        return read_manifest(raw, keys=self._keys, identity=identity)
+    async def _retain(self, session: AsyncSession, row: Backup) -> None:
+        """Order away the scheduled backups that are one too many, and the failed ones that this one makes up for."""
+        database = await session.get_one(Database, row.database_id)
+        if database.backups_kept is None:
+            return
+        scheduled = select(Backup).where(
+            col(Backup.database_id) == row.database_id,
+            col(Backup.trigger) == SCHEDULED,
+            col(Backup.state).in_((COMPLETED, FAILED)),
+        )
+        kept = 0
+        for backup in await session.scalars(scheduled.order_by(col(Backup.id).desc()).with_for_update()):
+            kept += backup.state == COMPLETED
+            if backup.id < row.id and (backup.state == FAILED or kept > database.backups_kept):
+                order_deletion(backup, now=self._clock.now())
+
+    def _engine_of(self, database: Database) -> Engine:
+        engine = self._engines.get(database.cluster_target)
+        if engine is None:
+            raise NotYet(f"cluster {database.cluster_target}", "The provider has taken this cluster out of service.")
+        return engine
 
 
-def _learned(manifest: Manifest, **more: Any) -> dict[str, Any]:
-    return {"size_bytes": manifest.sealed_bytes, "sha256": manifest.sealed_sha256, **more}
+def identity_of(backup: Backup, database: Database) -> Identity:
+    """Return which backup it is, as its files have it."""
+    return Identity(
+        account_id=backup.account_id,
+        database_id=backup.database_id,
+        object_name=database.object_name,
+        backup_id=backup.id,
+        engine=database.engine,
+    )
 
 
-async def _whole(content: bytes) -> AsyncIterator[bytes]:
-    yield content
+def _earliest(*times: datetime | None) -> datetime:
+    return min(time for time in times if time is not None)

@@ -41,22 +41,26 @@ class BrokenBackup(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """Which backup it is, by the ids of its account, its database and its own, and the engine that wrote it."""
+    """Which backup it is, by the ids of its account, its database and its own, and the engine that wrote it.
+
+    `object_name` is what the database is called on its cluster; its files are kept under the same name.
+    """
 
     account_id: str
     database_id: str
+    object_name: str
     backup_id: str
     engine: str
 
     @property
     def file_name(self) -> str:
         """The name of the sealed file in the storage."""
-        return f"{self.database_id}/{self.backup_id}.htxb"
+        return f"{self.object_name}/{self.backup_id}.htxb"
 
     @property
     def manifest_name(self) -> str:
         """The name of the manifest, which is written last: without it there is no backup."""
-        return f"{self.database_id}/{self.backup_id}.json"
+        return f"{self.object_name}/{self.backup_id}.json"
 
 
 class Sealing:

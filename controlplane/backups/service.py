@@ -8,23 +8,26 @@ from sqlalchemy import bindparam
 from sqlmodel import col, select
 
 from controlplane.access import quota
-from controlplane.api.v1 import backups_pb2, backups_pb2_grpc
-from controlplane.backups.model import DEADLINE, ON_DEMAND, RUNNING, Backup, order_deletion, to_proto
+from controlplane.api.v1 import backups_pb2, backups_pb2_grpc, databases_pb2
+from controlplane.backups.model import COMPLETED, ON_DEMAND, Backup, new_backup, order_deletion, to_proto
 from controlplane.catalog.model import Catalog
 from controlplane.clock import Clock
-from controlplane.databases.model import READY, Database
-from controlplane.databases.service import lock_database
+from controlplane.databases.model import READY, STOPPED, Database
+from controlplane.databases.model import to_proto as database_to_proto
+from controlplane.databases.orders import DatabaseOrders, lock_database
 from controlplane.errors import Conflict, NotFound
-from controlplane.ids import new_id
+from controlplane.reconcile import DELETING
 from controlplane.rpc import etag, paging
-from controlplane.rpc.call import current
+from controlplane.rpc.call import Call, current
 from controlplane.rpc.remembered import remembered
 from controlplane.sql import Store
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 _DATABASE = select(Database.id).where(
-    col(Database.account_id) == bindparam("account_id"), col(Database.name) == bindparam("name")
+    col(Database.account_id) == bindparam("account_id"),
+    col(Database.name) == bindparam("name"),
+    col(Database.deleted_at).is_(None),
 )
 _LIST = (
     select(Backup)
@@ -38,10 +41,13 @@ _BY_ID = select(Backup).where(col(Backup.database_id) == bindparam("database_id"
 class BackupService(backups_pb2_grpc.BackupServiceServicer):
     """Backups of managed databases."""
 
-    def __init__(self, *, store: Store, catalog: Catalog, clock: Clock, wake: Callable[[], None]) -> None:
+    def __init__(
+        self, *, store: Store, catalog: Catalog, clock: Clock, orders: DatabaseOrders, wake: Callable[[], None]
+    ) -> None:
         self._store = store
         self._catalog = catalog
         self._clock = clock
+        self._orders = orders
         self._wake = wake
 
     @remembered
@@ -67,25 +73,15 @@ class BackupService(backups_pb2_grpc.BackupServiceServicer):
         """
         call, now = current(), self._clock.now()
         database = await lock_database(call.session, account_id=call.caller.account_id, name=request.name)
-        if database.state != READY:
+        if database.state not in {READY, STOPPED}:
             raise Conflict(
                 f"The database '{database.name}' is {database.state}: it can be backed up once it is {READY}."
             )
         limit = self._catalog.plan(call.caller.plan).quotas.backups
-        backup_id = new_id("bk")
+        backup = new_backup(database, trigger=ON_DEMAND, now=now)
         await quota.charge(
-            call.session, account_id=call.caller.account_id, kind="backups", resource_id=backup_id, limit=limit
+            call.session, account_id=backup.account_id, kind="backups", resource_id=backup.id, limit=limit
         )
-        backup = Backup(
-            id=backup_id,
-            account_id=call.caller.account_id,
-            database_id=database.id,
-            trigger=ON_DEMAND,
-            state=RUNNING,
-            generation=0,
-            created_at=now,
-        )
-        backup.order(RUNNING, now=now, within=DEADLINE, waiting_on=f"cluster {database.cluster_target}")
         call.session.add(backup)
         await call.session.flush()
         call.after_commit.append(self._wake)
@@ -112,16 +108,46 @@ class BackupService(backups_pb2_grpc.BackupServiceServicer):
         Raises NotFound or Stale.
         """
         call = current()
-        database = await lock_database(call.session, account_id=call.caller.account_id, name=request.name)
-        found = await call.session.execute(_BY_ID.with_for_update(), {"database_id": database.id, "id": request.id})
-        backup: Backup | None = found.scalar_one_or_none()
-        if backup is None:
-            raise NotFound("backup", request.id)
+        database, backup = await self._lock(call, request.name, request.id)
         etag.check_match(call, backup)
         order_deletion(backup, now=self._clock.now())
+        if database.state == DELETING:
+            database.undelete_until = None  # it was the one to undelete from
         call.after_commit.append(self._wake)
         etag.show(call, backup)
         return to_proto(backup, database=database.name)
+
+    async def RestoreBackup(
+        self, request: backups_pb2.RestoreBackupRequest, context: Context
+    ) -> databases_pb2.Database:
+        """Record a new database that is to hold what the backup does; the reconciler makes it.
+
+        Raises NotFound, InvalidField, AlreadyExists, QuotaExceeded, or Conflict while the backup is not completed or
+        where no cluster takes the database.
+        """
+        call, wanted = current(), request.database
+        source, backup = await self._lock(call, request.name, request.id)
+        if backup.state != COMPLETED:
+            raise Conflict(f"The backup '{backup.id}' is {backup.state}: it can be restored once it is {COMPLETED}.")
+        database = await self._orders.add(
+            call,
+            name=wanted.name,
+            engine=source.engine,
+            sku=wanted.sku or source.sku,
+            region=source.region,
+            restored_from=backup.id,
+        )
+        call.after_commit.append(self._wake)
+        etag.show(call, database)
+        return database_to_proto(database)
+
+    async def _lock(self, call: Call, name: str, backup_id: str) -> tuple[Database, Backup]:
+        database = await lock_database(call.session, account_id=call.caller.account_id, name=name)
+        found = await call.session.execute(_BY_ID.with_for_update(), {"database_id": database.id, "id": backup_id})
+        backup: Backup | None = found.scalar_one_or_none()
+        if backup is None:
+            raise NotFound("backup", backup_id)
+        return database, backup
 
     async def _database_id(self, account_id: str, name: str) -> str:
         rows = await self._store.fetch(_DATABASE, {"account_id": account_id, "name": name})

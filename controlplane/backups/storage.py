@@ -1,7 +1,7 @@
 """Where the files of backups are kept: in a folder, or in a bucket (`s3.py`).
 
-Names are `DATABASE_ID/FILE`, of lower-case letters, digits, `_`, `-` and `.`; all that a database has is the folder
-`DATABASE_ID/`. A file under its name is whole, and safe from a crash.
+Names are `DATABASE/FILE`, of lower-case letters, digits, `_`, `-` and `.`; all that a database has is the folder
+`DATABASE/`. A file under its name is whole, and safe from a crash.
 """
 
 import asyncio

@@ -26,8 +26,11 @@ from controlplane.accounts import admin
 from controlplane.accounts.model import Account
 from controlplane.audit.log import AuditLog
 from controlplane.audit.verify import Verdict, verify
+from controlplane.backups.storage import storage_at
 from controlplane.catalog.model import Catalog, CatalogError
 from controlplane.clock import SystemClock
+from controlplane.databases.clusters import open_clusters
+from controlplane.doctor import Difference, count_rows, differences
 from controlplane.keys import KeyFileError, Keys
 from controlplane.local.postgres import EmbeddedPostgresError
 from controlplane.migrations import head as newest_revision
@@ -90,6 +93,19 @@ def migrate() -> None:
     """Bring the schema of the database up to date. `up` and `serve` do it as they start."""
     _with_store(run_migrations)
     click.echo("The schema is up to date.")
+
+
+@commands.command()
+def doctor() -> None:
+    """Say where what is there differs from what should be: databases, backups, counters. Nothing is changed."""
+    found, looked_at = asyncio.run(_examine(_settings()))
+    for each in found:
+        click.echo(f"{click.style(each.where, bold=True)} {each.what}\n    {each.outlook}")
+    counted = " and ".join(f"{count} {kind}" for kind, count in looked_at.items())
+    if found:
+        click.echo(f"{len(found)} differences; looked at {counted}.")
+        sys.exit(1)
+    click.echo(f"All is as it should be: looked at {counted}.")
 
 
 @commands.command()
@@ -215,6 +231,20 @@ def check_catalog(file: Path) -> None:
         f"{file} is fine: {len(checked.plans)} plans, {len(checked.skus)} SKUs, {len(checked.regions)} regions, "
         f"{len(checked.clusters)} clusters."
     )
+
+
+async def _examine(settings: Settings) -> tuple[list[Difference], dict[str, int]]:
+    engines = open_clusters(Catalog.load(settings.catalog), settings)
+    storage = storage_at(
+        settings.backup_storage_url, access_key=settings.backup_access_key, secret_key=settings.backup_secret_key
+    )
+    store = Store(settings.storage_url)
+    try:
+        await _check_schema(store)
+        found = [each async for each in differences(store, engines, storage, now=SystemClock().now())]
+        return found, await count_rows(store)
+    finally:
+        await store.close()
 
 
 async def _verify(settings: Settings) -> tuple[Verdict, dict[str, str]]:

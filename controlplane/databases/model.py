@@ -2,38 +2,48 @@
 
 from datetime import datetime, timedelta
 
-from sqlalchemy import JSON, Index, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, Index, UniqueConstraint, text
 from sqlmodel import Field, SQLModel
 
 from controlplane.api.v1 import databases_pb2
-from controlplane.reconcile import Reconciled, progress_of
+from controlplane.reconcile import DELETING, Reconciled, progress_of
 from controlplane.rpc.times import stamp
 from controlplane.sql import UtcDateTime
 
-# Each state that is not settled, and how long it may last before the database has failed. Deletion may take forever:
-# what is being deleted must never come to rest as anything else.
+# Each state that is not settled, and how long it may last before the database has failed, or its deletion is late.
 PROVISIONING = "provisioning"
+RESTORING = "restoring"
 READY = "ready"
 UPDATING = "updating"
-DELETING = "deleting"
-FAILED = "failed"
-DEADLINES: dict[str, timedelta | None] = {
+STOPPING = "stopping"
+STOPPED = "stopped"
+STARTING = "starting"
+DELETED = "deleted"  # there for as long as it can be undeleted; to the customer it is gone
+DEADLINES = {
     PROVISIONING: timedelta(hours=1),
+    RESTORING: timedelta(hours=6),
     UPDATING: timedelta(hours=1),
-    DELETING: None,
+    STOPPING: timedelta(hours=1),
+    STARTING: timedelta(hours=1),
+    DELETING: timedelta(hours=1),
 }
+_ALIVE = text("deleted_at IS NULL")
 
 
 class Database(Reconciled, table=True):
-    """A managed database. On its cluster it is called by its id, never by what the customer typed."""
+    """A managed database. On its cluster it is called `object_name`, never by what the customer typed."""
 
     __tablename__ = "databases"
     __table_args__ = (
         UniqueConstraint("account_id", "name"),
-        Index("ix_databases_list", "account_id", "id"),  # a page costs what it shows, however long the table is
+        # A page costs what it shows, however long the table is.
+        Index("ix_databases_list", "account_id", "id", sqlite_where=_ALIVE, postgresql_where=_ALIVE),
+        Index("ix_databases_former_name", "account_id", "former_name"),
     )
 
     name: str
+    former_name: str | None = None  # of a deleted one, whose name is free: its own is its id by then
+    object_name: str = Field(index=True, unique=True)
     engine: str
     sku: str
     region: str
@@ -41,8 +51,31 @@ class Database(Reconciled, table=True):
     tags: dict[str, str] = Field(default_factory=dict, sa_type=JSON)
     deletion_protection: bool = False
     password_sealed: str = Field(repr=False)
+    stopped: bool = False
+    restored_from: str | None = None
+    backup_schedule: str | None = None
+    backups_kept: int | None = None
+    backup_days_kept: int | None = None
+    next_backup_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    size_bytes: int | None = Field(default=None, sa_type=BigInteger)
+    connections: int | None = None
+    observed_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    undelete_until: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    deleted_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     created_at: datetime = Field(sa_type=UtcDateTime)
     updated_at: datetime = Field(sa_type=UtcDateTime)
+
+    def order_real(self, state: str, *, now: datetime) -> None:
+        """Want what the row says to be real on its cluster, `state` until it is.
+
+        A database that was never finished goes on being made, whatever is changed about it meanwhile.
+        """
+        if self.restored_from is not None:
+            state = RESTORING
+        elif self.observed_generation == 0:
+            state = PROVISIONING
+        self.order(state, now=now, within=DEADLINES[state], waiting_on=f"cluster {self.cluster_target}")
+        self.updated_at = now
 
 
 class ClusterUse(SQLModel, table=True):
@@ -71,7 +104,20 @@ def to_proto(database: Database) -> databases_pb2.Database:
         generation=database.generation,
         observed_generation=database.observed_generation,
         progress=progress_of(database),
+        backup_schedule=database.backup_schedule,
+        backup_retention=_retention(database),
+        next_backup_at=stamp(database.next_backup_at),
+        size_bytes=database.size_bytes,
+        connections=database.connections,
+        observed_at=stamp(database.observed_at),
+        undelete_until=stamp(database.undelete_until),
     )
+
+
+def _retention(database: Database) -> databases_pb2.BackupRetention | None:
+    if database.backup_schedule is None:
+        return None
+    return databases_pb2.BackupRetention(count=database.backups_kept, days=database.backup_days_kept)
 
 
 def password_binding(database: Database) -> str:

@@ -1,78 +1,248 @@
 """From what a database's row wants to what is on its cluster: one step at a time, each safe to repeat."""
 
+import secrets
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Any
 
 from sqlalchemy import func
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
 
 from controlplane.access import quota
-from controlplane.backups.model import Backup
+from controlplane.accounts.model import Account
+from controlplane.backups.model import COMPLETED, RUNNING, SCHEDULED, Backup, new_backup
+from controlplane.backups.provisioner import identity_of
+from controlplane.backups.sealed import BrokenBackup
+from controlplane.backups.storage import StorageUnavailable
+from controlplane.backups.vault import Vault
 from controlplane.catalog.model import Catalog
+from controlplane.clock import Clock
 from controlplane.databases import placement
-from controlplane.databases.engines.engine import Busy, ClusterUnavailable, Engine, EngineError, Target
-from controlplane.databases.model import DELETING, READY, Database, password_binding
+from controlplane.databases.engines.engine import Busy, ClusterUnavailable, Engine, EngineError, Missing, Target
+from controlplane.databases.model import DELETED, READY, STOPPED, Database, password_binding
+from controlplane.databases.schedule import next_run
+from controlplane.errors import QuotaExceeded
+from controlplane.events.feed import Feed
 from controlplane.keys import Keys
-from controlplane.reconcile import Gone, NotYet, Outcome, Settled
+from controlplane.reconcile import DELETING, Failed, Gone, News, NotYet, Outcome, Settled
 from controlplane.sql import Store
+
+_FIRST_LOOK = timedelta(seconds=5)  # its size and sessions are shown soon, and the order need not wait for them
+_RESTORES_AT_ONCE = 4  # of the steps that may run, so that ordering a new database is quick all the same
+_RESTORE_TRIES = 10
 
 
 class DatabaseProvisioner:
-    """Makes, changes and removes databases through the driver of their cluster."""
+    """Makes, changes and removes databases through the driver of their cluster, and looks whether they still are."""
 
     kind = "database"
     model = Database
+    at_once = 8
 
-    def __init__(self, *, store: Store, catalog: Catalog, keys: Keys, engines: Mapping[str, Engine]) -> None:
+    def __init__(
+        self,
+        *,
+        store: Store,
+        clock: Clock,
+        catalog: Catalog,
+        keys: Keys,
+        engines: Mapping[str, Engine],
+        vault: Vault,
+        feed: Feed,
+        look_every: timedelta,
+    ) -> None:
         self._store = store
+        self._clock = clock
         self._catalog = catalog
         self._keys = keys
         self._engines = engines
+        self._vault = vault
+        self._feed = feed
+        self._look_every = look_every
+        self._silent: set[str] = set()  # clusters that did not answer when they were asked last
+        self._asking: Counter[str] = Counter()
+        self._restores = 0
 
     async def step(self, row: Database) -> Outcome:
         """Take the next step of a database.
 
-        Raises NotYet while its cluster, or a backup that has to go first, is in the way.
+        Raises NotYet while its cluster, its backups' storage, or a backup that has to go first, is in the way.
         """
-        engine = self._engines.get(row.cluster_target)
+        cluster = row.cluster_target
+        if row.state == DELETED:
+            return await self._end_undelete(row)
+        engine = self._engines.get(cluster)
         if engine is None:
-            raise NotYet(f"cluster {row.cluster_target}", "The provider has taken this cluster out of service.")
+            raise NotYet(f"cluster {cluster}", "The provider has taken this cluster out of service.")
+        if cluster in self._silent and self._asking[cluster]:
+            # One asks whether it is back; if all did, there would be nobody left for the other clusters.
+            raise NotYet(f"cluster {cluster}", "The cluster does not answer.")
+        self._asking[cluster] += 1
         try:
-            if row.state == DELETING:
-                await self._check_no_backups(row)
-                await engine.drop(row.id)
-                return Gone()
-            await engine.apply(self._target(row))
+            outcome = await self._take(row, engine)
         except Busy as error:
             raise NotYet(f"another change of {row.name}", str(error)) from error
         except ClusterUnavailable as error:
-            raise NotYet(f"cluster {row.cluster_target}", str(error)) from error
+            self._silent.add(cluster)
+            raise NotYet(f"cluster {cluster}", str(error)) from error
+        except StorageUnavailable as error:
+            raise NotYet("the storage of backups", str(error)) from error
         except EngineError as error:
             raise NotYet("the provider", str(error)) from error
-        return Settled(READY)
+        finally:
+            self._asking[cluster] -= 1
+        self._silent.discard(cluster)
+        return outcome
 
-    async def forget(self, session: AsyncSession, row: Database) -> None:
-        """Give back the quota and the place on the cluster; in the order of the create, or the two deadlock."""
-        await quota.release(session, resource_id=row.id)
-        await placement.leave(session, row.cluster_target)
+    async def follow_up(self, session: AsyncSession, row: Database, outcome: Outcome) -> None:
+        """Give back what a database held that is gone; order the backup that is due."""
+        if row.state == DELETING and not isinstance(outcome, Failed):
+            # In the order of the create, or the two deadlock.
+            await quota.release(session, resource_id=row.id)
+            for backup_id in await session.scalars(select(Backup.id).where(col(Backup.database_id) == row.id)):
+                await quota.release(session, resource_id=backup_id)  # kept for us to undelete, not for him to use
+            await placement.leave(session, row.cluster_target)
+        elif isinstance(outcome, Settled) and outcome.state == READY and self._is_backup_due(row):
+            await self._order_backup(session, row)
 
-    def _target(self, row: Database) -> Target:
+    async def _take(self, row: Database, engine: Engine) -> Outcome:
+        if row.state == DELETING:
+            return await self._delete(row, engine)
+        if row.restored_from is not None:
+            return await self._restore(row, engine)
+        return await self._apply(row, engine)
+
+    async def _apply(self, row: Database, engine: Engine) -> Outcome:
+        """Make the cluster match the row; where it did already, tell what had changed there behind our back."""
+        is_look = row.observed_generation == row.generation
+        try:
+            differed = await engine.apply(self._target(row, exists=row.observed_generation > 0))
+        except Missing:
+            return Failed(
+                "The database is not on its cluster any more. Restore a backup of it into a new one, and delete it."
+            )
+        now = self._clock.now()
+        learned: dict[str, Any] = {"observed_at": now, "next_backup_at": self._next_backup(row)}
+        if is_look and (observed := await engine.observe(row.object_name)) is not None:
+            learned |= {"size_bytes": observed.size_bytes, "connections": observed.connections}
+        again = now + (self._look_every if is_look else _FIRST_LOOK)
+        return Settled(
+            STOPPED if row.stopped else READY,
+            learned,
+            look_again_at=min(again, learned["next_backup_at"] or again),
+            news=News("repaired", f"Put right: {', '.join(differed)}.") if is_look and differed else None,
+        )
+
+    async def _restore(self, row: Database, engine: Engine) -> Outcome:
+        """Make the database of the backup that the row names; each try begins anew."""
+        if self._restores >= _RESTORES_AT_ONCE:
+            raise NotYet("other restores", "Other databases are being restored first.")
+        backups = await self._store.fetch(
+            select(Backup).where(col(Backup.id) == row.restored_from, col(Backup.account_id) == row.account_id)
+        )
+        if not backups or backups[0].state != COMPLETED:
+            return Failed("The backup was deleted before it was restored.")
+        backup = backups[0]
+        source = (await self._store.fetch(select(Database).where(col(Database.id) == backup.database_id)))[0]
+        # With another password: nobody is to get in before it is whole. It becomes the row's own by the step after.
+        aside = replace(self._target(row), password=secrets.token_urlsafe(24), login=True)
+        self._restores += 1
+        try:
+            await self._vault.restore(engine, identity_of(backup, source), aside)
+        except BrokenBackup as error:
+            return Failed(f"The backup cannot be restored: {error}")
+        except (ClusterUnavailable, Busy) as error:
+            if row.attempts >= _RESTORE_TRIES:
+                return Failed(f"The backup could not be restored: {error}")
+            raise
+        except EngineError as error:
+            return Failed(f"The backup could not be restored: {error}")
+        finally:
+            self._restores -= 1
+        outcome = await self._apply(row, engine)
+        if isinstance(outcome, Settled):
+            outcome = replace(outcome, values={**outcome.values, "restored_from": None})
+        return outcome
+
+    async def _delete(self, row: Database, engine: Engine) -> Outcome:
+        """Remove the database; if it has a backup, the row stays until that goes, so that it can be undeleted."""
+        counted = await self._store.fetch(
+            select(func.count(), func.count().filter(col(Backup.state) != COMPLETED)).where(
+                col(Backup.database_id) == row.id
+            )
+        )
+        backups, leaving = counted[0]
+        if leaving:
+            raise NotYet(f"{leaving} backups that are removed first", "Its backups are being removed.")
+        await engine.drop(row.object_name)
+        if not backups:
+            return Gone()
+        gives_up = {"name": row.id, "former_name": row.name, "deleted_at": self._clock.now(), "next_backup_at": None}
+        return Settled(DELETED, gives_up, look_again_at=row.undelete_until)
+
+    async def _end_undelete(self, row: Database) -> Outcome:
+        """Forget a deleted database once its backup is gone, which has its own time to go."""
+        if await self._store.fetch(select(Backup.id).where(col(Backup.database_id) == row.id)):
+            raise NotYet("its last backup", "Its last backup is being removed.")
+        return Gone()
+
+    def _target(self, row: Database, *, exists: bool = False) -> Target:
         sku = self._catalog.find_sku(row.sku)
         if sku is None:
             raise NotYet("the provider", f"The provider no longer has the size {row.sku}: choose another.")
-        password = self._keys.decrypt(row.password_sealed, bound_to=password_binding(row)).decode()
         return Target(
-            name=row.id,
-            password=password,
+            name=row.object_name,
+            password=self._keys.decrypt(row.password_sealed, bound_to=password_binding(row)).decode(),
             connections=sku.connections,
             memory_mb=sku.memory_mb,
             storage_gb=sku.storage_gb,
+            login=not row.stopped,
+            exists=exists,
         )
 
-    async def _check_no_backups(self, row: Database) -> None:
-        """Raise NotYet while there are backups: their files go first, each with its own row."""
-        counted = await self._store.fetch(
-            select(func.count()).select_from(Backup).where(col(Backup.database_id) == row.id)
+    def _is_backup_due(self, row: Database) -> bool:
+        return row.next_backup_at is not None and row.next_backup_at <= self._clock.now()
+
+    def _next_backup(self, row: Database) -> datetime | None:
+        if row.backup_schedule is None:
+            return None
+        if row.next_backup_at is not None and not self._is_backup_due(row):
+            return row.next_backup_at
+        return next_run(row.backup_schedule, after=self._clock.now(), database_id=row.id)
+
+    async def _order_backup(self, session: AsyncSession, row: Database) -> None:
+        """Order the scheduled backup, or tell why there is none."""
+        backup = new_backup(row, trigger=SCHEDULED, now=self._clock.now())
+        if (reason := await self._why_none(session, row, backup)) is None:
+            session.add(backup)
+            await session.flush()
+            return
+        await self._feed.append(
+            session,
+            account_id=row.account_id,
+            type_="backup.skipped",
+            resource_id=row.id,
+            resource_name=row.name,
+            detail=reason,
         )
-        if left := counted[0][0]:
-            raise NotYet(f"{left} backups that are removed first", "Its backups are being removed.")
+
+    async def _why_none(self, session: AsyncSession, row: Database, backup: Backup) -> str | None:
+        """Charge the quota; return why there can be no backup now, None if there can."""
+        running = select(Backup.id).where(
+            col(Backup.database_id) == row.id, col(Backup.trigger) == SCHEDULED, col(Backup.state) == RUNNING
+        )
+        if (await session.scalars(running.limit(1))).first() is not None:
+            return "The backup before it is still being written."
+        account = await session.get_one(Account, row.account_id)
+        limit = self._catalog.plan(account.plan).quotas.backups
+        try:
+            async with session.begin_nested():
+                await quota.charge(
+                    session, account_id=row.account_id, kind="backups", resource_id=backup.id, limit=limit
+                )
+        except QuotaExceeded as error:
+            return str(error)
+        return None

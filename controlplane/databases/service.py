@@ -1,36 +1,32 @@
 """The servicer of databases: rules and queries. One RPC is one transaction; nothing here touches a cluster."""
 
-import secrets
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import grpc
 from sqlalchemy import bindparam
-from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
 
-from controlplane.access import quota
 from controlplane.api.v1 import databases_pb2, databases_pb2_grpc
 from controlplane.backups.model import Backup
 from controlplane.backups.model import order_deletion as order_backup_deletion
-from controlplane.catalog.model import Catalog, Sku
+from controlplane.catalog.model import Catalog
 from controlplane.clock import Clock
-from controlplane.databases import placement
-from controlplane.databases.engines.engine import Engine
+from controlplane.databases.engines.engine import Connection, Engine
 from controlplane.databases.model import (
     DEADLINES,
-    DELETING,
-    FAILED,
-    PROVISIONING,
+    STARTING,
+    STOPPING,
     UPDATING,
     Database,
     password_binding,
     to_proto,
 )
-from controlplane.errors import AlreadyExists, BrokenRule, Conflict, InvalidField, NotFound
-from controlplane.ids import new_id
+from controlplane.databases.orders import BY_NAME, DatabaseOrders, lock_database, newest_backup
+from controlplane.errors import Conflict, NotFound
 from controlplane.keys import Keys
+from controlplane.reconcile import DELETING, FAILED
 from controlplane.rpc import etag, paging
 from controlplane.rpc.call import Call, current
 from controlplane.rpc.remembered import remembered
@@ -38,15 +34,13 @@ from controlplane.sql import Store
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-_LIST = (
+_LIST_ALL = (
     select(Database)
     .where(col(Database.account_id) == bindparam("account_id"), col(Database.id) > bindparam("after"))
     .order_by(col(Database.id))
     .limit(bindparam("limit"))
 )
-_BY_NAME = select(Database).where(
-    col(Database.account_id) == bindparam("account_id"), col(Database.name) == bindparam("name")
-)
+_LIST = _LIST_ALL.where(col(Database.deleted_at).is_(None))
 
 
 class DatabaseService(databases_pb2_grpc.DatabaseServiceServicer):
@@ -60,6 +54,7 @@ class DatabaseService(databases_pb2_grpc.DatabaseServiceServicer):
         keys: Keys,
         clock: Clock,
         engines: Mapping[str, Engine],
+        orders: DatabaseOrders,
         wake: Callable[[], None],
     ) -> None:
         self._store = store
@@ -67,6 +62,7 @@ class DatabaseService(databases_pb2_grpc.DatabaseServiceServicer):
         self._keys = keys
         self._clock = clock
         self._engines = engines
+        self._orders = orders
         self._wake = wake
 
     @remembered
@@ -75,7 +71,8 @@ class DatabaseService(databases_pb2_grpc.DatabaseServiceServicer):
     ) -> databases_pb2.ListDatabasesResponse:
         """List the account's databases."""
         call = current()
-        rows = await self._store.fetch(_LIST, {"account_id": call.caller.account_id, **paging.bounds(request)})
+        statement = _LIST_ALL if request.show_deleted else _LIST
+        rows = await self._store.fetch(statement, {"account_id": call.caller.account_id, **paging.bounds(request)})
         page, next_page = paging.cut(rows, request, call)
         return databases_pb2.ListDatabasesResponse(databases=map(to_proto, page), next_page_token=next_page)
 
@@ -86,43 +83,17 @@ class DatabaseService(databases_pb2_grpc.DatabaseServiceServicer):
 
         Raises InvalidField, AlreadyExists, QuotaExceeded, or Conflict where no cluster takes it.
         """
-        call, wanted, now = current(), request.database, self._clock.now()
-        region = wanted.region or self._catalog.default_region
-        self._check_sku(wanted.sku, engine=wanted.engine)
-        if not self._catalog.has_region(region):
-            raise InvalidField(BrokenRule("region", f"there is no region '{region}': /api/portal/regions lists them"))
-        await self._check_free(call, wanted.name)
-        limit = self._catalog.plan(call.caller.plan).quotas.databases
-        database_id = new_id("db")
-        await quota.charge(
-            call.session, account_id=call.caller.account_id, kind="databases", resource_id=database_id, limit=limit
-        )
-        cluster = await placement.place(call.session, self._catalog, engine=wanted.engine, region=region)
-        database = Database(
-            id=database_id,
-            account_id=call.caller.account_id,
+        call, wanted = current(), request.database
+        database = await self._orders.add(
+            call,
             name=wanted.name,
             engine=wanted.engine,
             sku=wanted.sku,
-            region=region,
-            cluster_target=cluster.name,
+            region=wanted.region or self._catalog.default_region,
             tags=dict(wanted.tags),
             deletion_protection=wanted.deletion_protection,
-            state=PROVISIONING,
-            generation=0,
-            password_sealed="",
-            created_at=now,
-            updated_at=now,
         )
-        database.order(PROVISIONING, now=now, within=DEADLINES[PROVISIONING], waiting_on=f"cluster {cluster.name}")
-        database.password_sealed = self._keys.encrypt(
-            secrets.token_urlsafe(24).encode(), bound_to=password_binding(database)
-        )
-        call.session.add(database)
-        try:
-            await call.session.flush()
-        except IntegrityError:
-            raise AlreadyExists("database", wanted.name) from None
+        self._orders.schedule(database, wanted)
         return self._ordered(call, database)
 
     @remembered
@@ -145,29 +116,30 @@ class DatabaseService(databases_pb2_grpc.DatabaseServiceServicer):
         """
         call, change, now = current(), request.database, self._clock.now()
         database = await self._lock(call, request.name)
-        if database.state == DELETING:
-            raise Conflict(f"The database '{database.name}' is being deleted and cannot be changed any more.")
+        _check_not_deleting(database)
         if change.HasField("deletion_protection"):
             database.deletion_protection = change.deletion_protection
         if change.HasField("tags"):
             database.tags = _merged(database.tags, change)
+        self._orders.schedule(database, change)
         if change.HasField("sku") and change.sku != database.sku:
-            self._check_sku(change.sku, engine=database.engine)
+            self._orders.check_sku(change.sku, engine=database.engine)
             database.sku = change.sku
-            state = PROVISIONING if database.observed_generation == 0 else UPDATING
-            database.order(state, now=now, within=DEADLINES[state], waiting_on=f"cluster {database.cluster_target}")
+            database.order_real(UPDATING, now=now)
         else:
             # Nothing for the cluster to do, but a change all the same: whoever read it before has an old ETag.
             settled = database.observed_generation == database.generation
             database.generation += 1
             database.observed_generation += settled
-        database.updated_at = now
+            if database.next_attempt_at is not None and database.next_backup_at is not None:
+                database.next_attempt_at = min(database.next_attempt_at, database.next_backup_at)
+            database.updated_at = now
         return self._ordered(call, database)
 
     async def DeleteDatabase(
         self, request: databases_pb2.DeleteDatabaseRequest, context: Context
     ) -> databases_pb2.Database:
-        """Order the database and its backups away; once more changes nothing.
+        """Order the database away, and all its backups but the last; once more changes nothing.
 
         Raises NotFound, Stale, or Conflict while it is protected.
         """
@@ -178,13 +150,11 @@ class DatabaseService(databases_pb2_grpc.DatabaseServiceServicer):
                 f"The database '{database.name}' is protected: set deletion_protection to false, then delete it."
             )
         if database.state != DELETING:
+            await self._let_backups_go(call, database)
             database.order(
                 DELETING, now=now, within=DEADLINES[DELETING], waiting_on=f"cluster {database.cluster_target}"
             )
             database.updated_at = now
-            backups = select(Backup).where(col(Backup.database_id) == database.id).with_for_update()
-            for backup in await call.session.scalars(backups):
-                order_backup_deletion(backup, now=now)
         return self._ordered(call, database)
 
     async def GetDatabaseConnection(
@@ -194,40 +164,108 @@ class DatabaseService(databases_pb2_grpc.DatabaseServiceServicer):
 
         Raises NotFound, or Conflict until there is something to connect to.
         """
+        database = await self._read(current(), request.name)
+        password = self._keys.decrypt(database.password_sealed, bound_to=password_binding(database)).decode()
+        return _connection(self._connect(database, password))
+
+    async def RotateDatabasePassword(
+        self, request: databases_pb2.RotateDatabasePasswordRequest, context: Context
+    ) -> databases_pb2.DatabaseConnection:
+        """Decide on a new password; the reconciler tells the cluster, which ends the sessions of the old one.
+
+        Raises NotFound, Stale, or Conflict until there is something to connect to.
+        """
         call = current()
-        database = await self._read(call, request.name)
-        if database.observed_generation == 0 or database.state in {DELETING, FAILED}:
-            raise Conflict(f"The database '{database.name}' is {database.state}: it takes no connections.")
+        database = await self._lock(call, request.name)
+        connection = self._connect(database, self._orders.give_password(database))
+        database.order_real(UPDATING, now=self._clock.now())
+        self._ordered(call, database)
+        return _connection(connection)
+
+    async def StopDatabase(
+        self, request: databases_pb2.StopDatabaseRequest, context: Context
+    ) -> databases_pb2.Database:
+        """Let nobody in any more; once more changes nothing.
+
+        Raises NotFound, Stale, or Conflict while the database is not there yet, has failed or is being deleted.
+        """
+        return await self._let_in(request.name, stopped=True, state=STOPPING)
+
+    async def StartDatabase(
+        self, request: databases_pb2.StartDatabaseRequest, context: Context
+    ) -> databases_pb2.Database:
+        """Let the user in again; once more changes nothing.
+
+        Raises NotFound, Stale, or Conflict while the database is not there yet, has failed or is being deleted.
+        """
+        return await self._let_in(request.name, stopped=False, state=STARTING)
+
+    async def RetryDatabase(
+        self, request: databases_pb2.RetryDatabaseRequest, context: Context
+    ) -> databases_pb2.Database:
+        """Order once more what has failed.
+
+        Raises NotFound, Stale, or Conflict if it has not.
+        """
+        call = current()
+        database = await self._lock(call, request.name)
+        if database.state != FAILED:
+            raise Conflict(f"The database '{database.name}' is {database.state}: there is nothing to try again.")
+        database.order_real(UPDATING, now=self._clock.now())
+        return self._ordered(call, database)
+
+    async def UndeleteDatabase(
+        self, request: databases_pb2.UndeleteDatabaseRequest, context: Context
+    ) -> databases_pb2.Database:
+        """Order a deleted database back, of its last backup.
+
+        Raises NotFound, AlreadyExists, QuotaExceeded, or Conflict where no cluster takes it.
+        """
+        call = current()
+        return self._ordered(call, await self._orders.bring_back(call, request.name))
+
+    async def _let_in(self, name: str, *, stopped: bool, state: str) -> databases_pb2.Database:
+        call = current()
+        database = await self._lock(call, name)
+        self._check_there(database)
+        if database.stopped != stopped:
+            database.stopped = stopped
+            database.order_real(state, now=self._clock.now())
+        return self._ordered(call, database)
+
+    async def _let_backups_go(self, call: Call, database: Database) -> None:
+        """Order all backups away but the newest completed one: that stays for as long as the plan says."""
+        now = self._clock.now()
+        days = self._catalog.plan(call.caller.plan).undelete_days
+        kept = await newest_backup(call.session, database.id) if days else None
+        database.undelete_until = None
+        if kept is not None:
+            kept.expires_at = database.undelete_until = now + timedelta(days=days)
+            kept.next_attempt_at = kept.expires_at
+        backups = select(Backup).where(col(Backup.database_id) == database.id).with_for_update()
+        for backup in await call.session.scalars(backups):
+            if backup is not kept:
+                order_backup_deletion(backup, now=now)
+
+    def _connect(self, database: Database, password: str) -> Connection:
+        """Return how the database is reached.
+
+        Raises Conflict until there is something to reach.
+        """
+        self._check_there(database)
         engine = self._engines.get(database.cluster_target)
         if engine is None:
             raise Conflict(f"The provider has taken the cluster of the database '{database.name}' out of service.")
-        password = self._keys.decrypt(database.password_sealed, bound_to=password_binding(database)).decode()
-        connection = engine.connection(database.id, password)
-        return databases_pb2.DatabaseConnection(
-            host=connection.host,
-            port=connection.port,
-            database=connection.database,
-            username=connection.username,
-            password=connection.password,
-            uri=connection.uri,
-        )
+        return engine.connection(database.object_name, password)
 
-    def _check_sku(self, name: str, *, engine: str) -> Sku:
-        sku = self._catalog.find_sku(name)
-        if sku is None:
-            raise InvalidField(BrokenRule("sku", f"there is no size '{name}': /api/portal/skus lists them"))
-        if engine not in sku.engines:
-            raise InvalidField(BrokenRule("sku", f"'{name}' is a size for {', '.join(sku.engines)}, not for {engine}"))
-        return sku
-
-    async def _check_free(self, call: Call, name: str) -> None:
-        """Raise AlreadyExists if the name is taken; the unique index decides where two come at once."""
-        taken = await call.session.execute(_BY_NAME, {"account_id": call.caller.account_id, "name": name})
-        if taken.first() is not None:
-            raise AlreadyExists("database", name)
+    def _check_there(self, database: Database) -> None:
+        """Raise Conflict unless there is a database on the cluster that is to stay."""
+        if database.observed_generation == 0 or database.state in {DELETING, FAILED}:
+            more = " Try again with POST …/retry, or delete it." if database.state == FAILED else ""
+            raise Conflict(f"The database '{database.name}' is {database.state}: it takes no connections.{more}")
 
     async def _read(self, call: Call, name: str) -> Database:
-        rows = await self._store.fetch(_BY_NAME, {"account_id": call.caller.account_id, "name": name})
+        rows = await self._store.fetch(BY_NAME, {"account_id": call.caller.account_id, "name": name})
         if not rows:
             raise NotFound("database", name)
         database: Database = rows[0]
@@ -244,16 +282,20 @@ class DatabaseService(databases_pb2_grpc.DatabaseServiceServicer):
         return to_proto(database)
 
 
-async def lock_database(session: AsyncSession, *, account_id: str, name: str) -> Database:
-    """Return the database of this name for a change; no other transaction changes it meanwhile.
+def _check_not_deleting(database: Database) -> None:
+    if database.state == DELETING:
+        raise Conflict(f"The database '{database.name}' is being deleted and cannot be changed any more.")
 
-    Raises NotFound.
-    """
-    locked = await session.execute(_BY_NAME.with_for_update(), {"account_id": account_id, "name": name})
-    database: Database | None = locked.scalar_one_or_none()
-    if database is None:
-        raise NotFound("database", name)
-    return database
+
+def _connection(connection: Connection) -> databases_pb2.DatabaseConnection:
+    return databases_pb2.DatabaseConnection(
+        host=connection.host,
+        port=connection.port,
+        database=connection.database,
+        username=connection.username,
+        password=connection.password,
+        uri=connection.uri,
+    )
 
 
 def _merged(tags: dict[str, str], change: databases_pb2.UpdateDatabase) -> dict[str, str]:

@@ -20,6 +20,8 @@ class Metrics:
     due: Gauge
     lag_seconds: Gauge
     overdue: Gauge
+    orphans: Gauge
+    orphans_removed: Counter
     limiter_fallbacks: Counter
     limiter_up: Gauge
 
@@ -44,6 +46,10 @@ def new_metrics() -> Metrics:
         ),
         overdue=Gauge(
             "htx_reconciler_overdue", "Resources that are past their deadline.", ("kind",), registry=registry
+        ),
+        orphans=Gauge("htx_orphans", "Things that no row owns, by where they are.", ("place",), registry=registry),
+        orphans_removed=Counter(
+            "htx_orphans_removed", "Things that no row owned and that were removed.", ("place",), registry=registry
         ),
         limiter_fallbacks=Counter(
             "htx_limiter_fallbacks", "Requests that the shared rate limit did not decide.", registry=registry

@@ -13,7 +13,7 @@ from controlplane.backups.sealed import BrokenBackup, Identity
 from controlplane.databases.engines.engine import Contents, Table
 from controlplane.keys import Keys
 
-IDENTITY = Identity(account_id="ac_1", database_id="db_1", backup_id="bk_1", engine="postgresql")
+IDENTITY = Identity(account_id="ac_1", database_id="db_1", object_name="h1234_1", backup_id="bk_1", engine="postgresql")
 MANIFEST = Manifest(
     backup=IDENTITY,
     created_at=datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC),

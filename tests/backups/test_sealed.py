@@ -17,7 +17,7 @@ from controlplane.keys import Keys
 
 MEGABYTE = 1024 * 1024
 HEADER = len("HTXB") + 2 + len("k1") + 32
-IDENTITY = Identity(account_id="ac_1", database_id="db_1", backup_id="bk_1", engine="postgresql")
+IDENTITY = Identity(account_id="ac_1", database_id="db_1", object_name="h1234_1", backup_id="bk_1", engine="postgresql")
 
 
 def new_keys(*ids: str) -> Keys:

@@ -9,6 +9,8 @@ import pytest
 from sqlmodel import col, select
 
 from controlplane.accounts.model import Account
+from controlplane.backups.storage import FolderStorage
+from controlplane.backups.vault import Vault
 from controlplane.catalog.model import Catalog
 from controlplane.databases.model import PROVISIONING, ClusterUse, Database, password_binding
 from controlplane.databases.provisioner import DatabaseProvisioner
@@ -22,6 +24,8 @@ from tests.clock import ManualClock
 from tests.databases.fake_engine import FakeEngine
 from tests.stack import eventually
 
+LOOK_EVERY = timedelta(days=1)
+
 
 class Works:
     """A storage with one account, a fake cluster, a clock that stands still, and reconcilers over them."""
@@ -33,6 +37,7 @@ class Works:
         self.store = Store(url)
         self._catalog = catalog
         self._keys = Keys.load(folder / "keys.json")
+        self._vault = Vault(keys=self._keys, storage=FolderStorage(folder / "backups"))
         self._reconcilers: list[tuple[Reconciler, Store]] = []
 
     async def open(self) -> None:
@@ -56,19 +61,24 @@ class Works:
     def reconciler(self, *, metrics: Metrics | None = None, concurrency: int = 8) -> Reconciler:
         """Return a reconciler with connections of its own, as another process has them; it is not started."""
         store = Store(self.url)
+        feed = Feed(store=store, clock=self.clock)
         provisioner = DatabaseProvisioner(
             store=store,
+            clock=self.clock,
             catalog=self._catalog,
             keys=self._keys,
             engines={"local-postgresql": self.engine},
+            vault=self._vault,
+            feed=feed,
+            look_every=LOOK_EVERY,
         )
+        provisioner.at_once = concurrency
         reconciler = Reconciler(
             store=store,
             clock=self.clock,
-            feed=Feed(store=store, clock=self.clock),
+            feed=feed,
             provisioners=[provisioner],
             metrics=metrics or new_metrics(),
-            concurrency=concurrency,
         )
         self._reconcilers.append((reconciler, store))
         return reconciler
@@ -80,6 +90,7 @@ class Works:
             id=database_id,
             account_id="ac_1",
             name=database_id.replace("_", "-"),
+            object_name=database_id,
             engine="postgresql",
             sku="db-s-1vcpu-1gb",
             region="local",
@@ -101,7 +112,7 @@ class Works:
         async with self.store.session() as session:
             row = await session.get_one(Database, "db_1", with_for_update=True)
             row.sku = sku
-            row.order(state, now=self.clock.now(), within=None, waiting_on="cluster local-postgresql")
+            row.order(state, now=self.clock.now(), within=timedelta(hours=1), waiting_on="cluster local-postgresql")
             await session.commit()
 
     async def find(self, database_id: str = "db_1") -> Database | None:

@@ -24,12 +24,13 @@ _sym_db = _symbol_database.Default()
 
 from controlplane.api.buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from controlplane.api.v1 import access_pb2 as controlplane_dot_api_dot_v1_dot_access__pb2
+from controlplane.api.v1 import databases_pb2 as controlplane_dot_api_dot_v1_dot_databases__pb2
 from controlplane.api.v1 import progress_pb2 as controlplane_dot_api_dot_v1_dot_progress__pb2
 from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!controlplane/api/v1/backups.proto\x12\x13\x63ontrolplane.api.v1\x1a\x1b\x62uf/validate/validate.proto\x1a controlplane/api/v1/access.proto\x1a\"controlplane/api/v1/progress.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc0\x04\n\x06\x42\x61\x63kup\x12\x31\n\x02id\x18\x01 \x01(\tB%\xbaH\"r \x92\x02\x1d\x62k_06fq2vd1ybm3sx4k8zt7c5w9eg\x12#\n\x08\x64\x61tabase\x18\x02 \x01(\tB\x11\xbaH\x0er\x0c\x92\x02\tanalytics\x12G\n\x06status\x18\x03 \x01(\tB7\xbaH4r2R\x07runningR\tcompletedR\x06\x66\x61iledR\x08\x64\x65leting\x92\x02\tcompleted\x12\x38\n\x07trigger\x18\x04 \x01(\tB\'\xbaH$r\"R\ton_demandR\tscheduled\x92\x02\ton_demand\x12\'\n\nsize_bytes\x18\x05 \x01(\x01\x42\x0e\xbaH\x0b\x12\tI\x00\x00\x00\x00\x00\x98\x9c@H\x00\x88\x01\x01\x12]\n\x06sha256\x18\x06 \x01(\tBH\xbaHErC\x92\x02@9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08H\x01\x88\x01\x01\x12.\n\ncreated_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x35\n\x0c\x63ompleted_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x02\x88\x01\x01\x12\x34\n\x08progress\x18\t \x01(\x0b\x32\x1d.controlplane.api.v1.ProgressH\x03\x88\x01\x01\x42\r\n\x0b_size_bytesB\t\n\x07_sha256B\x0f\n\r_completed_atB\x0b\n\t_progress\"y\n\x12ListBackupsRequest\x12$\n\x04name\x18\x01 \x01(\tB\x16\xbaH\x13r\x11\x10\x01\x18\xff\x01\x92\x02\tanalytics\x12\x1f\n\tpage_size\x18\x02 \x01(\x05\x42\x0c\xbaH\t\x1a\x07\x18\xe8\x07(\x00@d\x12\x1c\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\"u\n\x13ListBackupsResponse\x12,\n\x07\x62\x61\x63kups\x18\x01 \x03(\x0b\x32\x1b.controlplane.api.v1.Backup\x12\x1c\n\x0fnext_page_token\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x12\n\x10_next_page_token\"R\n\x13\x43reateBackupRequest\x12$\n\x04name\x18\x01 \x01(\tB\x16\xbaH\x13r\x11\x10\x01\x18\xff\x01\x92\x02\tanalytics\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\"o\n\x10GetBackupRequest\x12$\n\x04name\x18\x01 \x01(\tB\x16\xbaH\x13r\x11\x10\x01\x18\xff\x01\x92\x02\tanalytics\x12\x35\n\x02id\x18\x02 \x01(\tB)\xbaH&r$\x10\x01\x18@\x92\x02\x1d\x62k_06fq2vd1ybm3sx4k8zt7c5w9eg\"\x89\x01\n\x13\x44\x65leteBackupRequest\x12$\n\x04name\x18\x01 \x01(\tB\x16\xbaH\x13r\x11\x10\x01\x18\xff\x01\x92\x02\tanalytics\x12\x35\n\x02id\x18\x02 \x01(\tB)\xbaH&r$\x10\x01\x18@\x92\x02\x1d\x62k_06fq2vd1ybm3sx4k8zt7c5w9eg\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\x32\xbb\x05\n\rBackupService\x12\xb3\x01\n\x0bListBackups\x12\'.controlplane.api.v1.ListBackupsRequest\x1a(.controlplane.api.v1.ListBackupsResponse\"Q\xaa\xbb\x18\x10\n\x0e\x64\x61tabases:list\xb2\xbb\x18\x04\x12\x02\x94\x03\x82\xd3\xe4\x93\x02/\x12$/api/portal/databases/{name}/backupsb\x07\x62\x61\x63kups\x12\xa8\x01\n\x0c\x43reateBackup\x12(.controlplane.api.v1.CreateBackupRequest\x1a\x1b.controlplane.api.v1.Backup\"Q\xaa\xbb\x18\x12\n\x10\x64\x61tabases:backup\xb2\xbb\x18\x0b\x08\xc9\x01\x12\x06\x92\x03\x94\x03\x99\x03\x82\xd3\xe4\x93\x02&\"$/api/portal/databases/{name}/backups\x12\x9d\x01\n\tGetBackup\x12%.controlplane.api.v1.GetBackupRequest\x1a\x1b.controlplane.api.v1.Backup\"L\xaa\xbb\x18\x0f\n\rdatabases:get\xb2\xbb\x18\x04\x12\x02\x94\x03\x82\xd3\xe4\x93\x02+\x12)/api/portal/databases/{name}/backups/{id}\x12\xa8\x01\n\x0c\x44\x65leteBackup\x12(.controlplane.api.v1.DeleteBackupRequest\x1a\x1b.controlplane.api.v1.Backup\"Q\xaa\xbb\x18\x12\n\x10\x64\x61tabases:backup\xb2\xbb\x18\x06\x12\x04\x94\x03\x9c\x03\x82\xd3\xe4\x93\x02+*)/api/portal/databases/{name}/backups/{id}b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!controlplane/api/v1/backups.proto\x12\x13\x63ontrolplane.api.v1\x1a\x1b\x62uf/validate/validate.proto\x1a controlplane/api/v1/access.proto\x1a#controlplane/api/v1/databases.proto\x1a\"controlplane/api/v1/progress.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa3\x06\n\x06\x42\x61\x63kup\x12\x31\n\x02id\x18\x01 \x01(\tB%\xbaH\"r \x92\x02\x1d\x62k_06fq2vd1ybm3sx4k8zt7c5w9eg\x12#\n\x08\x64\x61tabase\x18\x02 \x01(\tB\x11\xbaH\x0er\x0c\x92\x02\tanalytics\x12G\n\x06status\x18\x03 \x01(\tB7\xbaH4r2R\x07runningR\tcompletedR\x06\x66\x61iledR\x08\x64\x65leting\x92\x02\tcompleted\x12\x38\n\x07trigger\x18\x04 \x01(\tB\'\xbaH$r\"R\ton_demandR\tscheduled\x92\x02\ton_demand\x12\'\n\nsize_bytes\x18\x05 \x01(\x01\x42\x0e\xbaH\x0b\x12\tI\x00\x00\x00\x00\x00\x98\x9c@H\x00\x88\x01\x01\x12]\n\x06sha256\x18\x06 \x01(\tBH\xbaHErC\x92\x02@9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08H\x01\x88\x01\x01\x12.\n\ncreated_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x35\n\x0c\x63ompleted_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x02\x88\x01\x01\x12\x34\n\x08progress\x18\t \x01(\x0b\x32\x1d.controlplane.api.v1.ProgressH\x03\x88\x01\x01\x12\x33\n\nexpires_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x04\x88\x01\x01\x12\x34\n\x0bverified_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x05\x88\x01\x01\x12@\n\x12verification_error\x18\x0c \x01(\tB\x1f\xbaH\x1cr\x1a\x92\x02\x17The backup was changed.H\x06\x88\x01\x01\x42\r\n\x0b_size_bytesB\t\n\x07_sha256B\x0f\n\r_completed_atB\x0b\n\t_progressB\r\n\x0b_expires_atB\x0e\n\x0c_verified_atB\x15\n\x13_verification_error\"\x93\x01\n\x0fRestoreDatabase\x12J\n\x04name\x18\x01 \x01(\tB<\xbaH9r42!^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$\x92\x02\x0e\x61nalytics-copy\xc8\x01\x01\x12,\n\x03sku\x18\x02 \x01(\tB\x1a\xbaH\x17r\x15\x10\x01\x18@\x92\x02\x0e\x64\x62-s-1vcpu-2gbH\x00\x88\x01\x01\x42\x06\n\x04_sku\"y\n\x12ListBackupsRequest\x12$\n\x04name\x18\x01 \x01(\tB\x16\xbaH\x13r\x11\x10\x01\x18\xff\x01\x92\x02\tanalytics\x12\x1f\n\tpage_size\x18\x02 \x01(\x05\x42\x0c\xbaH\t\x1a\x07\x18\xe8\x07(\x00@d\x12\x1c\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\"u\n\x13ListBackupsResponse\x12,\n\x07\x62\x61\x63kups\x18\x01 \x03(\x0b\x32\x1b.controlplane.api.v1.Backup\x12\x1c\n\x0fnext_page_token\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x12\n\x10_next_page_token\"R\n\x13\x43reateBackupRequest\x12$\n\x04name\x18\x01 \x01(\tB\x16\xbaH\x13r\x11\x10\x01\x18\xff\x01\x92\x02\tanalytics\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\"o\n\x10GetBackupRequest\x12$\n\x04name\x18\x01 \x01(\tB\x16\xbaH\x13r\x11\x10\x01\x18\xff\x01\x92\x02\tanalytics\x12\x35\n\x02id\x18\x02 \x01(\tB)\xbaH&r$\x10\x01\x18@\x92\x02\x1d\x62k_06fq2vd1ybm3sx4k8zt7c5w9eg\"\x89\x01\n\x13\x44\x65leteBackupRequest\x12$\n\x04name\x18\x01 \x01(\tB\x16\xbaH\x13r\x11\x10\x01\x18\xff\x01\x92\x02\tanalytics\x12\x35\n\x02id\x18\x02 \x01(\tB)\xbaH&r$\x10\x01\x18@\x92\x02\x1d\x62k_06fq2vd1ybm3sx4k8zt7c5w9eg\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"\xca\x01\n\x14RestoreBackupRequest\x12$\n\x04name\x18\x01 \x01(\tB\x16\xbaH\x13r\x11\x10\x01\x18\xff\x01\x92\x02\tanalytics\x12\x35\n\x02id\x18\x02 \x01(\tB)\xbaH&r$\x10\x01\x18@\x92\x02\x1d\x62k_06fq2vd1ybm3sx4k8zt7c5w9eg\x12>\n\x08\x64\x61tabase\x18\x03 \x01(\x0b\x32$.controlplane.api.v1.RestoreDatabaseB\x06\xbaH\x03\xc8\x01\x01\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\x32\x81\x07\n\rBackupService\x12\xb3\x01\n\x0bListBackups\x12\'.controlplane.api.v1.ListBackupsRequest\x1a(.controlplane.api.v1.ListBackupsResponse\"Q\xaa\xbb\x18\x10\n\x0e\x64\x61tabases:list\xb2\xbb\x18\x04\x12\x02\x94\x03\x82\xd3\xe4\x93\x02/\x12$/api/portal/databases/{name}/backupsb\x07\x62\x61\x63kups\x12\xa8\x01\n\x0c\x43reateBackup\x12(.controlplane.api.v1.CreateBackupRequest\x1a\x1b.controlplane.api.v1.Backup\"Q\xaa\xbb\x18\x12\n\x10\x64\x61tabases:backup\xb2\xbb\x18\x0b\x08\xc9\x01\x12\x06\x92\x03\x94\x03\x99\x03\x82\xd3\xe4\x93\x02&\"$/api/portal/databases/{name}/backups\x12\x9d\x01\n\tGetBackup\x12%.controlplane.api.v1.GetBackupRequest\x1a\x1b.controlplane.api.v1.Backup\"L\xaa\xbb\x18\x0f\n\rdatabases:get\xb2\xbb\x18\x04\x12\x02\x94\x03\x82\xd3\xe4\x93\x02+\x12)/api/portal/databases/{name}/backups/{id}\x12\xa8\x01\n\x0c\x44\x65leteBackup\x12(.controlplane.api.v1.DeleteBackupRequest\x1a\x1b.controlplane.api.v1.Backup\"Q\xaa\xbb\x18\x12\n\x10\x64\x61tabases:backup\xb2\xbb\x18\x06\x12\x04\x94\x03\x9c\x03\x82\xd3\xe4\x93\x02+*)/api/portal/databases/{name}/backups/{id}\x12\xc3\x01\n\rRestoreBackup\x12).controlplane.api.v1.RestoreBackupRequest\x1a\x1d.controlplane.api.v1.Database\"h\xaa\xbb\x18\x12\n\x10\x64\x61tabases:create\xb2\xbb\x18\x0b\x08\xc9\x01\x12\x06\x92\x03\x94\x03\x99\x03\x82\xd3\xe4\x93\x02=\"1/api/portal/databases/{name}/backups/{id}/restore:\x08\x64\x61tabaseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -48,6 +49,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BACKUP'].fields_by_name['size_bytes']._serialized_options = b'\272H\013\022\tI\000\000\000\000\000\230\234@'
   _globals['_BACKUP'].fields_by_name['sha256']._loaded_options = None
   _globals['_BACKUP'].fields_by_name['sha256']._serialized_options = b'\272HErC\222\002@9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08'
+  _globals['_BACKUP'].fields_by_name['verification_error']._loaded_options = None
+  _globals['_BACKUP'].fields_by_name['verification_error']._serialized_options = b'\272H\034r\032\222\002\027The backup was changed.'
+  _globals['_RESTOREDATABASE'].fields_by_name['name']._loaded_options = None
+  _globals['_RESTOREDATABASE'].fields_by_name['name']._serialized_options = b'\272H9r42!^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$\222\002\016analytics-copy\310\001\001'
+  _globals['_RESTOREDATABASE'].fields_by_name['sku']._loaded_options = None
+  _globals['_RESTOREDATABASE'].fields_by_name['sku']._serialized_options = b'\272H\027r\025\020\001\030@\222\002\016db-s-1vcpu-2gb'
   _globals['_LISTBACKUPSREQUEST'].fields_by_name['name']._loaded_options = None
   _globals['_LISTBACKUPSREQUEST'].fields_by_name['name']._serialized_options = b'\272H\023r\021\020\001\030\377\001\222\002\tanalytics'
   _globals['_LISTBACKUPSREQUEST'].fields_by_name['page_size']._loaded_options = None
@@ -64,6 +71,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DELETEBACKUPREQUEST'].fields_by_name['name']._serialized_options = b'\272H\023r\021\020\001\030\377\001\222\002\tanalytics'
   _globals['_DELETEBACKUPREQUEST'].fields_by_name['id']._loaded_options = None
   _globals['_DELETEBACKUPREQUEST'].fields_by_name['id']._serialized_options = b'\272H&r$\020\001\030@\222\002\035bk_06fq2vd1ybm3sx4k8zt7c5w9eg'
+  _globals['_RESTOREBACKUPREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_RESTOREBACKUPREQUEST'].fields_by_name['name']._serialized_options = b'\272H\023r\021\020\001\030\377\001\222\002\tanalytics'
+  _globals['_RESTOREBACKUPREQUEST'].fields_by_name['id']._loaded_options = None
+  _globals['_RESTOREBACKUPREQUEST'].fields_by_name['id']._serialized_options = b'\272H&r$\020\001\030@\222\002\035bk_06fq2vd1ybm3sx4k8zt7c5w9eg'
+  _globals['_RESTOREBACKUPREQUEST'].fields_by_name['database']._loaded_options = None
+  _globals['_RESTOREBACKUPREQUEST'].fields_by_name['database']._serialized_options = b'\272H\003\310\001\001'
   _globals['_BACKUPSERVICE'].methods_by_name['ListBackups']._loaded_options = None
   _globals['_BACKUPSERVICE'].methods_by_name['ListBackups']._serialized_options = b'\252\273\030\020\n\016databases:list\262\273\030\004\022\002\224\003\202\323\344\223\002/\022$/api/portal/databases/{name}/backupsb\007backups'
   _globals['_BACKUPSERVICE'].methods_by_name['CreateBackup']._loaded_options = None
@@ -72,18 +85,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BACKUPSERVICE'].methods_by_name['GetBackup']._serialized_options = b'\252\273\030\017\n\rdatabases:get\262\273\030\004\022\002\224\003\202\323\344\223\002+\022)/api/portal/databases/{name}/backups/{id}'
   _globals['_BACKUPSERVICE'].methods_by_name['DeleteBackup']._loaded_options = None
   _globals['_BACKUPSERVICE'].methods_by_name['DeleteBackup']._serialized_options = b'\252\273\030\022\n\020databases:backup\262\273\030\006\022\004\224\003\234\003\202\323\344\223\002+*)/api/portal/databases/{name}/backups/{id}'
-  _globals['_BACKUP']._serialized_start=221
-  _globals['_BACKUP']._serialized_end=797
-  _globals['_LISTBACKUPSREQUEST']._serialized_start=799
-  _globals['_LISTBACKUPSREQUEST']._serialized_end=920
-  _globals['_LISTBACKUPSRESPONSE']._serialized_start=922
-  _globals['_LISTBACKUPSRESPONSE']._serialized_end=1039
-  _globals['_CREATEBACKUPREQUEST']._serialized_start=1041
-  _globals['_CREATEBACKUPREQUEST']._serialized_end=1123
-  _globals['_GETBACKUPREQUEST']._serialized_start=1125
-  _globals['_GETBACKUPREQUEST']._serialized_end=1236
-  _globals['_DELETEBACKUPREQUEST']._serialized_start=1239
-  _globals['_DELETEBACKUPREQUEST']._serialized_end=1376
-  _globals['_BACKUPSERVICE']._serialized_start=1379
-  _globals['_BACKUPSERVICE']._serialized_end=2078
+  _globals['_BACKUPSERVICE'].methods_by_name['RestoreBackup']._loaded_options = None
+  _globals['_BACKUPSERVICE'].methods_by_name['RestoreBackup']._serialized_options = b'\252\273\030\022\n\020databases:create\262\273\030\013\010\311\001\022\006\222\003\224\003\231\003\202\323\344\223\002=\"1/api/portal/databases/{name}/backups/{id}/restore:\010database'
+  _globals['_BACKUP']._serialized_start=258
+  _globals['_BACKUP']._serialized_end=1061
+  _globals['_RESTOREDATABASE']._serialized_start=1064
+  _globals['_RESTOREDATABASE']._serialized_end=1211
+  _globals['_LISTBACKUPSREQUEST']._serialized_start=1213
+  _globals['_LISTBACKUPSREQUEST']._serialized_end=1334
+  _globals['_LISTBACKUPSRESPONSE']._serialized_start=1336
+  _globals['_LISTBACKUPSRESPONSE']._serialized_end=1453
+  _globals['_CREATEBACKUPREQUEST']._serialized_start=1455
+  _globals['_CREATEBACKUPREQUEST']._serialized_end=1537
+  _globals['_GETBACKUPREQUEST']._serialized_start=1539
+  _globals['_GETBACKUPREQUEST']._serialized_end=1650
+  _globals['_DELETEBACKUPREQUEST']._serialized_start=1653
+  _globals['_DELETEBACKUPREQUEST']._serialized_end=1790
+  _globals['_RESTOREBACKUPREQUEST']._serialized_start=1793
+  _globals['_RESTOREBACKUPREQUEST']._serialized_end=1995
+  _globals['_BACKUPSERVICE']._serialized_start=1998
+  _globals['_BACKUPSERVICE']._serialized_end=2895
 # @@protoc_insertion_point(module_scope)

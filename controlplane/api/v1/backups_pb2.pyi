@@ -35,6 +35,9 @@ class Backup(_message.Message):
     CREATED_AT_FIELD_NUMBER: _builtins.int
     COMPLETED_AT_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    VERIFIED_AT_FIELD_NUMBER: _builtins.int
+    VERIFICATION_ERROR_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The backup's own id."""
     database: _builtins.str
@@ -44,9 +47,11 @@ class Backup(_message.Message):
     trigger: _builtins.str
     """Who ordered it: the customer, or the schedule."""
     size_bytes: _builtins.float
-    """The file's size in bytes; a JSON number, hence no 64-bit integer. Absent until completed."""
+    """The file's size in bytes, while it is running as much as is written; a JSON number, hence no 64-bit integer."""
     sha256: _builtins.str
     """The file's SHA-256 in hexadecimal. Absent until completed."""
+    verification_error: _builtins.str
+    """Why it could not be restored when that was last tried; make another one."""
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp:
         """When it was ordered."""
@@ -58,6 +63,14 @@ class Backup(_message.Message):
     @_builtins.property
     def progress(self) -> _progress_pb2.Progress:
         """What it is waiting for; absent once the backup is completed or has failed."""
+
+    @_builtins.property
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """When it is removed by itself, by the retention or with the deleted database that it is of."""
+
+    @_builtins.property
+    def verified_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was last restored aside and found to hold what was backed up."""
 
     def __init__(
         self,
@@ -71,29 +84,72 @@ class Backup(_message.Message):
         created_at: _timestamp_pb2.Timestamp | None = ...,
         completed_at: _timestamp_pb2.Timestamp | None = ...,
         progress: _progress_pb2.Progress | None = ...,
+        expires_at: _timestamp_pb2.Timestamp | None = ...,
+        verified_at: _timestamp_pb2.Timestamp | None = ...,
+        verification_error: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_completed_at", b"_completed_at", "_progress", b"_progress", "_sha256", b"_sha256", "_size_bytes", b"_size_bytes", "completed_at", b"completed_at", "created_at", b"created_at", "progress", b"progress", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_completed_at", b"_completed_at", "_expires_at", b"_expires_at", "_progress", b"_progress", "_sha256", b"_sha256", "_size_bytes", b"_size_bytes", "_verification_error", b"_verification_error", "_verified_at", b"_verified_at", "completed_at", b"completed_at", "created_at", b"created_at", "expires_at", b"expires_at", "progress", b"progress", "sha256", b"sha256", "size_bytes", b"size_bytes", "verification_error", b"verification_error", "verified_at", b"verified_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_completed_at", b"_completed_at", "_progress", b"_progress", "_sha256", b"_sha256", "_size_bytes", b"_size_bytes", "completed_at", b"completed_at", "created_at", b"created_at", "database", b"database", "id", b"id", "progress", b"progress", "sha256", b"sha256", "size_bytes", b"size_bytes", "status", b"status", "trigger", b"trigger"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_completed_at", b"_completed_at", "_expires_at", b"_expires_at", "_progress", b"_progress", "_sha256", b"_sha256", "_size_bytes", b"_size_bytes", "_verification_error", b"_verification_error", "_verified_at", b"_verified_at", "completed_at", b"completed_at", "created_at", b"created_at", "database", b"database", "expires_at", b"expires_at", "id", b"id", "progress", b"progress", "sha256", b"sha256", "size_bytes", b"size_bytes", "status", b"status", "trigger", b"trigger", "verification_error", b"verification_error", "verified_at", b"verified_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__completed_at: _TypeAlias = _typing.Literal["completed_at"]  # noqa: Y015
     _WhichOneofArgType__completed_at: _TypeAlias = _typing.Literal["_completed_at", b"_completed_at"]  # noqa: Y015
+    _WhichOneofReturnType__expires_at: _TypeAlias = _typing.Literal["expires_at"]  # noqa: Y015
+    _WhichOneofArgType__expires_at: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at"]  # noqa: Y015
     _WhichOneofReturnType__progress: _TypeAlias = _typing.Literal["progress"]  # noqa: Y015
     _WhichOneofArgType__progress: _TypeAlias = _typing.Literal["_progress", b"_progress"]  # noqa: Y015
     _WhichOneofReturnType__sha256: _TypeAlias = _typing.Literal["sha256"]  # noqa: Y015
     _WhichOneofArgType__sha256: _TypeAlias = _typing.Literal["_sha256", b"_sha256"]  # noqa: Y015
     _WhichOneofReturnType__size_bytes: _TypeAlias = _typing.Literal["size_bytes"]  # noqa: Y015
     _WhichOneofArgType__size_bytes: _TypeAlias = _typing.Literal["_size_bytes", b"_size_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__verification_error: _TypeAlias = _typing.Literal["verification_error"]  # noqa: Y015
+    _WhichOneofArgType__verification_error: _TypeAlias = _typing.Literal["_verification_error", b"_verification_error"]  # noqa: Y015
+    _WhichOneofReturnType__verified_at: _TypeAlias = _typing.Literal["verified_at"]  # noqa: Y015
+    _WhichOneofArgType__verified_at: _TypeAlias = _typing.Literal["_verified_at", b"_verified_at"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__completed_at) -> _WhichOneofReturnType__completed_at | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expires_at) -> _WhichOneofReturnType__expires_at | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__progress) -> _WhichOneofReturnType__progress | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__sha256) -> _WhichOneofReturnType__sha256 | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__size_bytes) -> _WhichOneofReturnType__size_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__verification_error) -> _WhichOneofReturnType__verification_error | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__verified_at) -> _WhichOneofReturnType__verified_at | None: ...
 
 Global___Backup: _TypeAlias = Backup  # noqa: Y015
+
+@_typing.final
+class RestoreDatabase(_message.Message):
+    """What a customer decides about the database that a backup is restored into."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SKU_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The new database's name: lower-case letters, digits and hyphens, unique within the account."""
+    sku: _builtins.str
+    """Its size; that of the database that the backup is of when absent."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        sku: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_sku", b"_sku", "sku", b"sku"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_sku", b"_sku", "name", b"name", "sku", b"sku"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__sku: _TypeAlias = _typing.Literal["sku"]  # noqa: Y015
+    _WhichOneofArgType__sku: _TypeAlias = _typing.Literal["_sku", b"_sku"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sku) -> _WhichOneofReturnType__sku | None: ...
+
+Global___RestoreDatabase: _TypeAlias = RestoreDatabase  # noqa: Y015
 
 @_typing.final
 class ListBackupsRequest(_message.Message):
@@ -226,3 +282,37 @@ class DeleteBackupRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteBackupRequest: _TypeAlias = DeleteBackupRequest  # noqa: Y015
+
+@_typing.final
+class RestoreBackupRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    DATABASE_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The name of the database that the backup is of."""
+    id: _builtins.str
+    """The backup's id."""
+    validate_only: _builtins.bool
+    """Check everything, answer what would be, and change nothing."""
+    @_builtins.property
+    def database(self) -> Global___RestoreDatabase:
+        """What to restore it into."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        id: _builtins.str = ...,
+        database: Global___RestoreDatabase | None = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["database", b"database"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["database", b"database", "id", b"id", "name", b"name", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestoreBackupRequest: _TypeAlias = RestoreBackupRequest  # noqa: Y015

@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from controlplane.api.v1 import backups_pb2 as controlplane_dot_api_dot_v1_dot_backups__pb2
+from controlplane.api.v1 import databases_pb2 as controlplane_dot_api_dot_v1_dot_databases__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -55,6 +56,11 @@ class BackupServiceStub:
                 request_serializer=controlplane_dot_api_dot_v1_dot_backups__pb2.DeleteBackupRequest.SerializeToString,
                 response_deserializer=controlplane_dot_api_dot_v1_dot_backups__pb2.Backup.FromString,
                 _registered_method=True)
+        self.RestoreBackup = channel.unary_unary(
+                '/controlplane.api.v1.BackupService/RestoreBackup',
+                request_serializer=controlplane_dot_api_dot_v1_dot_backups__pb2.RestoreBackupRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_databases__pb2.Database.FromString,
+                _registered_method=True)
 
 
 class BackupServiceServicer:
@@ -96,6 +102,16 @@ class BackupServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RestoreBackup(self, request, context):
+        """Restore a backup into a new database
+
+        With a user and a password of its own; the database that the backup is of stays as it is. The answer has the
+        status `restoring`; once it is `ready`, what is in it has been compared with what was backed up.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BackupServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -118,6 +134,11 @@ def add_BackupServiceServicer_to_server(servicer, server):
                     servicer.DeleteBackup,
                     request_deserializer=controlplane_dot_api_dot_v1_dot_backups__pb2.DeleteBackupRequest.FromString,
                     response_serializer=controlplane_dot_api_dot_v1_dot_backups__pb2.Backup.SerializeToString,
+            ),
+            'RestoreBackup': grpc.unary_unary_rpc_method_handler(
+                    servicer.RestoreBackup,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_backups__pb2.RestoreBackupRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_databases__pb2.Database.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -229,6 +250,33 @@ class BackupService:
             '/controlplane.api.v1.BackupService/DeleteBackup',
             controlplane_dot_api_dot_v1_dot_backups__pb2.DeleteBackupRequest.SerializeToString,
             controlplane_dot_api_dot_v1_dot_backups__pb2.Backup.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RestoreBackup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/controlplane.api.v1.BackupService/RestoreBackup',
+            controlplane_dot_api_dot_v1_dot_backups__pb2.RestoreBackupRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_databases__pb2.Database.FromString,
             options,
             channel_credentials,
             insecure,

@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from controlplane.api.v1 import backups_pb2 as _backups_pb2
+from controlplane.api.v1 import databases_pb2 as _databases_pb2
 from grpc import aio as _aio
 import abc as _abc_1
 
@@ -33,6 +34,12 @@ class BackupServiceStub:
     """Delete a backup
 
     The file is removed for good. The answer has the status `deleting`; afterwards the id answers 404.
+    """
+    RestoreBackup: _aio.UnaryUnaryMultiCallable[_backups_pb2.RestoreBackupRequest, _databases_pb2.Database]
+    """Restore a backup into a new database
+
+    With a user and a password of its own; the database that the backup is of stays as it is. The answer has the
+    status `restoring`; once it is `ready`, what is in it has been compared with what was backed up.
     """
 
 class BackupServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -78,6 +85,18 @@ class BackupServiceServicer(metaclass=_abc_1.ABCMeta):
         """Delete a backup
 
         The file is removed for good. The answer has the status `deleting`; afterwards the id answers 404.
+        """
+
+    @_abc_1.abstractmethod
+    def RestoreBackup(
+        self,
+        request: _backups_pb2.RestoreBackupRequest,
+        context: _aio.ServicerContext[_backups_pb2.RestoreBackupRequest, _abc.Awaitable[_databases_pb2.Database]],
+    ) -> _abc.Awaitable[_databases_pb2.Database]:
+        """Restore a backup into a new database
+
+        With a user and a password of its own; the database that the backup is of stays as it is. The answer has the
+        status `restoring`; once it is `ready`, what is in it has been compared with what was backed up.
         """
 
 def add_BackupServiceServicer_to_server(servicer: BackupServiceServicer, server: _aio.Server) -> None: ...

@@ -22,6 +22,39 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class BackupRetention(_message.Message):
+    """How many scheduled backups are kept: older ones are removed. The newest one that is completed always stays."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNT_FIELD_NUMBER: _builtins.int
+    DAYS_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    """How many."""
+    days: _builtins.int
+    """For how many days."""
+    def __init__(
+        self,
+        *,
+        count: _builtins.int | None = ...,
+        days: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_count", b"_count", "_days", b"_days", "count", b"count", "days", b"days"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_count", b"_count", "_days", b"_days", "count", b"count", "days", b"days"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__count: _TypeAlias = _typing.Literal["count"]  # noqa: Y015
+    _WhichOneofArgType__count: _TypeAlias = _typing.Literal["_count", b"_count"]  # noqa: Y015
+    _WhichOneofReturnType__days: _TypeAlias = _typing.Literal["days"]  # noqa: Y015
+    _WhichOneofArgType__days: _TypeAlias = _typing.Literal["_days", b"_days"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__count) -> _WhichOneofReturnType__count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__days) -> _WhichOneofReturnType__days | None: ...
+
+Global___BackupRetention: _TypeAlias = BackupRetention  # noqa: Y015
+
+@_typing.final
 class Database(_message.Message):
     """A managed database."""
 
@@ -61,6 +94,13 @@ class Database(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     OBSERVED_GENERATION_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
+    BACKUP_SCHEDULE_FIELD_NUMBER: _builtins.int
+    BACKUP_RETENTION_FIELD_NUMBER: _builtins.int
+    NEXT_BACKUP_AT_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    CONNECTIONS_FIELD_NUMBER: _builtins.int
+    OBSERVED_AT_FIELD_NUMBER: _builtins.int
+    UNDELETE_UNTIL_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The database's own id, which no other database ever gets."""
     name: _builtins.str
@@ -81,6 +121,12 @@ class Database(_message.Message):
     """How often the order has changed; the `ETag` is made of it."""
     observed_generation: _builtins.int
     """The newest generation that the database itself has reached."""
+    backup_schedule: _builtins.str
+    """When it is backed up by itself: `hourly`, `daily`, or a cron expression in UTC. Absent: never."""
+    size_bytes: _builtins.float
+    """The size in bytes when the cluster was last asked; a JSON number, hence no 64-bit integer."""
+    connections: _builtins.int
+    """How many sessions were open when the cluster was last asked."""
     @_builtins.property
     def tags(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """The customer's own labels."""
@@ -95,7 +141,23 @@ class Database(_message.Message):
 
     @_builtins.property
     def progress(self) -> _progress_pb2.Progress:
-        """What it is waiting for; absent once the database is as ordered."""
+        """What it is waiting for; absent while the database is as ordered."""
+
+    @_builtins.property
+    def backup_retention(self) -> Global___BackupRetention:
+        """How many of the scheduled backups are kept."""
+
+    @_builtins.property
+    def next_backup_at(self) -> _timestamp_pb2.Timestamp:
+        """When the next scheduled backup is due."""
+
+    @_builtins.property
+    def observed_at(self) -> _timestamp_pb2.Timestamp:
+        """When the cluster was last asked, and had the database as ordered."""
+
+    @_builtins.property
+    def undelete_until(self) -> _timestamp_pb2.Timestamp:
+        """Of a database that is being deleted: until when it can be undeleted. Absent if it has no backup."""
 
     def __init__(
         self,
@@ -114,14 +176,50 @@ class Database(_message.Message):
         generation: _builtins.int = ...,
         observed_generation: _builtins.int = ...,
         progress: _progress_pb2.Progress | None = ...,
+        backup_schedule: _builtins.str | None = ...,
+        backup_retention: Global___BackupRetention | None = ...,
+        next_backup_at: _timestamp_pb2.Timestamp | None = ...,
+        size_bytes: _builtins.float | None = ...,
+        connections: _builtins.int | None = ...,
+        observed_at: _timestamp_pb2.Timestamp | None = ...,
+        undelete_until: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_progress", b"_progress", "created_at", b"created_at", "progress", b"progress", "updated_at", b"updated_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_backup_retention", b"_backup_retention", "_backup_schedule", b"_backup_schedule", "_connections", b"_connections", "_next_backup_at", b"_next_backup_at", "_observed_at", b"_observed_at", "_progress", b"_progress", "_size_bytes", b"_size_bytes", "_undelete_until", b"_undelete_until", "backup_retention", b"backup_retention", "backup_schedule", b"backup_schedule", "connections", b"connections", "created_at", b"created_at", "next_backup_at", b"next_backup_at", "observed_at", b"observed_at", "progress", b"progress", "size_bytes", b"size_bytes", "undelete_until", b"undelete_until", "updated_at", b"updated_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_progress", b"_progress", "cluster_target", b"cluster_target", "created_at", b"created_at", "deletion_protection", b"deletion_protection", "engine", b"engine", "generation", b"generation", "id", b"id", "name", b"name", "observed_generation", b"observed_generation", "progress", b"progress", "region", b"region", "sku", b"sku", "status", b"status", "tags", b"tags", "updated_at", b"updated_at"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_backup_retention", b"_backup_retention", "_backup_schedule", b"_backup_schedule", "_connections", b"_connections", "_next_backup_at", b"_next_backup_at", "_observed_at", b"_observed_at", "_progress", b"_progress", "_size_bytes", b"_size_bytes", "_undelete_until", b"_undelete_until", "backup_retention", b"backup_retention", "backup_schedule", b"backup_schedule", "cluster_target", b"cluster_target", "connections", b"connections", "created_at", b"created_at", "deletion_protection", b"deletion_protection", "engine", b"engine", "generation", b"generation", "id", b"id", "name", b"name", "next_backup_at", b"next_backup_at", "observed_at", b"observed_at", "observed_generation", b"observed_generation", "progress", b"progress", "region", b"region", "size_bytes", b"size_bytes", "sku", b"sku", "status", b"status", "tags", b"tags", "undelete_until", b"undelete_until", "updated_at", b"updated_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__backup_retention: _TypeAlias = _typing.Literal["backup_retention"]  # noqa: Y015
+    _WhichOneofArgType__backup_retention: _TypeAlias = _typing.Literal["_backup_retention", b"_backup_retention"]  # noqa: Y015
+    _WhichOneofReturnType__backup_schedule: _TypeAlias = _typing.Literal["backup_schedule"]  # noqa: Y015
+    _WhichOneofArgType__backup_schedule: _TypeAlias = _typing.Literal["_backup_schedule", b"_backup_schedule"]  # noqa: Y015
+    _WhichOneofReturnType__connections: _TypeAlias = _typing.Literal["connections"]  # noqa: Y015
+    _WhichOneofArgType__connections: _TypeAlias = _typing.Literal["_connections", b"_connections"]  # noqa: Y015
+    _WhichOneofReturnType__next_backup_at: _TypeAlias = _typing.Literal["next_backup_at"]  # noqa: Y015
+    _WhichOneofArgType__next_backup_at: _TypeAlias = _typing.Literal["_next_backup_at", b"_next_backup_at"]  # noqa: Y015
+    _WhichOneofReturnType__observed_at: _TypeAlias = _typing.Literal["observed_at"]  # noqa: Y015
+    _WhichOneofArgType__observed_at: _TypeAlias = _typing.Literal["_observed_at", b"_observed_at"]  # noqa: Y015
     _WhichOneofReturnType__progress: _TypeAlias = _typing.Literal["progress"]  # noqa: Y015
     _WhichOneofArgType__progress: _TypeAlias = _typing.Literal["_progress", b"_progress"]  # noqa: Y015
+    _WhichOneofReturnType__size_bytes: _TypeAlias = _typing.Literal["size_bytes"]  # noqa: Y015
+    _WhichOneofArgType__size_bytes: _TypeAlias = _typing.Literal["_size_bytes", b"_size_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__undelete_until: _TypeAlias = _typing.Literal["undelete_until"]  # noqa: Y015
+    _WhichOneofArgType__undelete_until: _TypeAlias = _typing.Literal["_undelete_until", b"_undelete_until"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__backup_retention) -> _WhichOneofReturnType__backup_retention | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__backup_schedule) -> _WhichOneofReturnType__backup_schedule | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__connections) -> _WhichOneofReturnType__connections | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__next_backup_at) -> _WhichOneofReturnType__next_backup_at | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__observed_at) -> _WhichOneofReturnType__observed_at | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__progress) -> _WhichOneofReturnType__progress | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__size_bytes) -> _WhichOneofReturnType__size_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__undelete_until) -> _WhichOneofReturnType__undelete_until | None: ...
 
 Global___Database: _TypeAlias = Database  # noqa: Y015
 
@@ -157,6 +255,8 @@ class CreateDatabase(_message.Message):
     REGION_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
     DELETION_PROTECTION_FIELD_NUMBER: _builtins.int
+    BACKUP_SCHEDULE_FIELD_NUMBER: _builtins.int
+    BACKUP_RETENTION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name: lower-case letters, digits and hyphens, unique within the account."""
     engine: _builtins.str
@@ -169,9 +269,15 @@ class CreateDatabase(_message.Message):
     """Where to create it; the provider's default when absent. `/api/portal/regions` lists them."""
     deletion_protection: _builtins.bool
     """Refuse to delete the database until this is taken back."""
+    backup_schedule: _builtins.str
+    """When to back it up: `hourly`, `daily`, or a cron expression of five fields in UTC, at most every 15 minutes."""
     @_builtins.property
     def tags(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """The customer's own labels."""
+
+    @_builtins.property
+    def backup_retention(self) -> Global___BackupRetention:
+        """How many of the scheduled backups to keep; 7 when absent."""
 
     def __init__(
         self,
@@ -182,15 +288,25 @@ class CreateDatabase(_message.Message):
         region: _builtins.str | None = ...,
         tags: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         deletion_protection: _builtins.bool | None = ...,
+        backup_schedule: _builtins.str | None = ...,
+        backup_retention: Global___BackupRetention | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_deletion_protection", b"_deletion_protection", "_region", b"_region", "deletion_protection", b"deletion_protection", "region", b"region"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_backup_retention", b"_backup_retention", "_backup_schedule", b"_backup_schedule", "_deletion_protection", b"_deletion_protection", "_region", b"_region", "backup_retention", b"backup_retention", "backup_schedule", b"backup_schedule", "deletion_protection", b"deletion_protection", "region", b"region"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deletion_protection", b"_deletion_protection", "_region", b"_region", "deletion_protection", b"deletion_protection", "engine", b"engine", "name", b"name", "region", b"region", "sku", b"sku", "tags", b"tags"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_backup_retention", b"_backup_retention", "_backup_schedule", b"_backup_schedule", "_deletion_protection", b"_deletion_protection", "_region", b"_region", "backup_retention", b"backup_retention", "backup_schedule", b"backup_schedule", "deletion_protection", b"deletion_protection", "engine", b"engine", "name", b"name", "region", b"region", "sku", b"sku", "tags", b"tags"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__backup_retention: _TypeAlias = _typing.Literal["backup_retention"]  # noqa: Y015
+    _WhichOneofArgType__backup_retention: _TypeAlias = _typing.Literal["_backup_retention", b"_backup_retention"]  # noqa: Y015
+    _WhichOneofReturnType__backup_schedule: _TypeAlias = _typing.Literal["backup_schedule"]  # noqa: Y015
+    _WhichOneofArgType__backup_schedule: _TypeAlias = _typing.Literal["_backup_schedule", b"_backup_schedule"]  # noqa: Y015
     _WhichOneofReturnType__deletion_protection: _TypeAlias = _typing.Literal["deletion_protection"]  # noqa: Y015
     _WhichOneofArgType__deletion_protection: _TypeAlias = _typing.Literal["_deletion_protection", b"_deletion_protection"]  # noqa: Y015
     _WhichOneofReturnType__region: _TypeAlias = _typing.Literal["region"]  # noqa: Y015
     _WhichOneofArgType__region: _TypeAlias = _typing.Literal["_region", b"_region"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__backup_retention) -> _WhichOneofReturnType__backup_retention | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__backup_schedule) -> _WhichOneofReturnType__backup_schedule | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__deletion_protection) -> _WhichOneofReturnType__deletion_protection | None: ...
     @_typing.overload
@@ -207,13 +323,23 @@ class UpdateDatabase(_message.Message):
     SKU_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
     DELETION_PROTECTION_FIELD_NUMBER: _builtins.int
+    BACKUP_SCHEDULE_FIELD_NUMBER: _builtins.int
+    BACKUP_RETENTION_FIELD_NUMBER: _builtins.int
     sku: _builtins.str
     """A new size of the same family."""
     deletion_protection: _builtins.bool
     """Whether to refuse deletion."""
+    backup_schedule: _builtins.str
+    """When to back it up: `hourly`, `daily`, or a cron expression of five fields in UTC, at most every 15 minutes; `none`
+    for never.
+    """
     @_builtins.property
     def tags(self) -> _struct_pb2.Struct:
         """Labels to set; a label given as null is removed, one that is not named stays (RFC 7396)."""
+
+    @_builtins.property
+    def backup_retention(self) -> Global___BackupRetention:
+        """How many of the scheduled backups to keep."""
 
     def __init__(
         self,
@@ -221,17 +347,27 @@ class UpdateDatabase(_message.Message):
         sku: _builtins.str | None = ...,
         tags: _struct_pb2.Struct | None = ...,
         deletion_protection: _builtins.bool | None = ...,
+        backup_schedule: _builtins.str | None = ...,
+        backup_retention: Global___BackupRetention | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_deletion_protection", b"_deletion_protection", "_sku", b"_sku", "_tags", b"_tags", "deletion_protection", b"deletion_protection", "sku", b"sku", "tags", b"tags"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_backup_retention", b"_backup_retention", "_backup_schedule", b"_backup_schedule", "_deletion_protection", b"_deletion_protection", "_sku", b"_sku", "_tags", b"_tags", "backup_retention", b"backup_retention", "backup_schedule", b"backup_schedule", "deletion_protection", b"deletion_protection", "sku", b"sku", "tags", b"tags"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deletion_protection", b"_deletion_protection", "_sku", b"_sku", "_tags", b"_tags", "deletion_protection", b"deletion_protection", "sku", b"sku", "tags", b"tags"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_backup_retention", b"_backup_retention", "_backup_schedule", b"_backup_schedule", "_deletion_protection", b"_deletion_protection", "_sku", b"_sku", "_tags", b"_tags", "backup_retention", b"backup_retention", "backup_schedule", b"backup_schedule", "deletion_protection", b"deletion_protection", "sku", b"sku", "tags", b"tags"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__backup_retention: _TypeAlias = _typing.Literal["backup_retention"]  # noqa: Y015
+    _WhichOneofArgType__backup_retention: _TypeAlias = _typing.Literal["_backup_retention", b"_backup_retention"]  # noqa: Y015
+    _WhichOneofReturnType__backup_schedule: _TypeAlias = _typing.Literal["backup_schedule"]  # noqa: Y015
+    _WhichOneofArgType__backup_schedule: _TypeAlias = _typing.Literal["_backup_schedule", b"_backup_schedule"]  # noqa: Y015
     _WhichOneofReturnType__deletion_protection: _TypeAlias = _typing.Literal["deletion_protection"]  # noqa: Y015
     _WhichOneofArgType__deletion_protection: _TypeAlias = _typing.Literal["_deletion_protection", b"_deletion_protection"]  # noqa: Y015
     _WhichOneofReturnType__sku: _TypeAlias = _typing.Literal["sku"]  # noqa: Y015
     _WhichOneofArgType__sku: _TypeAlias = _typing.Literal["_sku", b"_sku"]  # noqa: Y015
     _WhichOneofReturnType__tags: _TypeAlias = _typing.Literal["tags"]  # noqa: Y015
     _WhichOneofArgType__tags: _TypeAlias = _typing.Literal["_tags", b"_tags"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__backup_retention) -> _WhichOneofReturnType__backup_retention | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__backup_schedule) -> _WhichOneofReturnType__backup_schedule | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__deletion_protection) -> _WhichOneofReturnType__deletion_protection | None: ...
     @_typing.overload
@@ -289,19 +425,23 @@ class ListDatabasesRequest(_message.Message):
 
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    SHOW_DELETED_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """How many to answer with at the most."""
     page_token: _builtins.str
     """Where the page before ended, as its `Link` header says."""
+    show_deleted: _builtins.bool
+    """Also list deleted databases that can still be undeleted."""
     def __init__(
         self,
         *,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        show_deleted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "show_deleted", b"show_deleted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -454,3 +594,123 @@ class GetDatabaseConnectionRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetDatabaseConnectionRequest: _TypeAlias = GetDatabaseConnectionRequest  # noqa: Y015
+
+@_typing.final
+class RotateDatabasePasswordRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The database's name."""
+    validate_only: _builtins.bool
+    """Check everything, answer what would be, and change nothing."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotateDatabasePasswordRequest: _TypeAlias = RotateDatabasePasswordRequest  # noqa: Y015
+
+@_typing.final
+class StopDatabaseRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The database's name."""
+    validate_only: _builtins.bool
+    """Check everything, answer what would be, and change nothing."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StopDatabaseRequest: _TypeAlias = StopDatabaseRequest  # noqa: Y015
+
+@_typing.final
+class StartDatabaseRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The database's name."""
+    validate_only: _builtins.bool
+    """Check everything, answer what would be, and change nothing."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartDatabaseRequest: _TypeAlias = StartDatabaseRequest  # noqa: Y015
+
+@_typing.final
+class RetryDatabaseRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The database's name."""
+    validate_only: _builtins.bool
+    """Check everything, answer what would be, and change nothing."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetryDatabaseRequest: _TypeAlias = RetryDatabaseRequest  # noqa: Y015
+
+@_typing.final
+class UndeleteDatabaseRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The name that the database had."""
+    validate_only: _builtins.bool
+    """Check everything, answer what would be, and change nothing."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UndeleteDatabaseRequest: _TypeAlias = UndeleteDatabaseRequest  # noqa: Y015

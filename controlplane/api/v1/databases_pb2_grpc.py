@@ -65,6 +65,31 @@ class DatabaseServiceStub:
                 request_serializer=controlplane_dot_api_dot_v1_dot_databases__pb2.GetDatabaseConnectionRequest.SerializeToString,
                 response_deserializer=controlplane_dot_api_dot_v1_dot_databases__pb2.DatabaseConnection.FromString,
                 _registered_method=True)
+        self.RotateDatabasePassword = channel.unary_unary(
+                '/controlplane.api.v1.DatabaseService/RotateDatabasePassword',
+                request_serializer=controlplane_dot_api_dot_v1_dot_databases__pb2.RotateDatabasePasswordRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_databases__pb2.DatabaseConnection.FromString,
+                _registered_method=True)
+        self.StopDatabase = channel.unary_unary(
+                '/controlplane.api.v1.DatabaseService/StopDatabase',
+                request_serializer=controlplane_dot_api_dot_v1_dot_databases__pb2.StopDatabaseRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_databases__pb2.Database.FromString,
+                _registered_method=True)
+        self.StartDatabase = channel.unary_unary(
+                '/controlplane.api.v1.DatabaseService/StartDatabase',
+                request_serializer=controlplane_dot_api_dot_v1_dot_databases__pb2.StartDatabaseRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_databases__pb2.Database.FromString,
+                _registered_method=True)
+        self.RetryDatabase = channel.unary_unary(
+                '/controlplane.api.v1.DatabaseService/RetryDatabase',
+                request_serializer=controlplane_dot_api_dot_v1_dot_databases__pb2.RetryDatabaseRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_databases__pb2.Database.FromString,
+                _registered_method=True)
+        self.UndeleteDatabase = channel.unary_unary(
+                '/controlplane.api.v1.DatabaseService/UndeleteDatabase',
+                request_serializer=controlplane_dot_api_dot_v1_dot_databases__pb2.UndeleteDatabaseRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_databases__pb2.Database.FromString,
+                _registered_method=True)
 
 
 class DatabaseServiceServicer:
@@ -74,7 +99,7 @@ class DatabaseServiceServicer:
     def ListDatabases(self, request, context):
         """List databases
 
-        Every database of the account, oldest first.
+        Every database of the account, oldest first. With `show_deleted` also those that can still be undeleted.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -100,7 +125,7 @@ class DatabaseServiceServicer:
     def UpdateDatabase(self, request, context):
         """Change a database
 
-        Only what the body names is changed. A new SKU is applied in place.
+        Only what the body names is changed. A new SKU is applied in place: the database stays up, its sessions go on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -109,8 +134,9 @@ class DatabaseServiceServicer:
     def DeleteDatabase(self, request, context):
         """Delete a database
 
-        The database, its user and its backups are removed for good. The answer has the status `deleting`; afterwards the
-        name answers 404 and is free again.
+        The database and its user are removed. The last completed backup is kept for as long as the plan says: until
+        `undelete_until` in the answer the database can be undeleted; without it, it is gone for good. The answer has the
+        status `deleting`; afterwards the name answers 404 and is free again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -120,6 +146,51 @@ class DatabaseServiceServicer:
         """Show how to connect to a database
 
         The answer contains the password, so a token needs the right to write.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RotateDatabasePassword(self, request, context):
+        """Give a database a new password
+
+        The answer has the new password, and the status is `updating`. Once it is `ready`, the old password has stopped
+        working and the sessions that it opened have ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StopDatabase(self, request, context):
+        """Stop a database
+
+        Sessions are ended and nobody gets in; the data stays, and so does the price.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StartDatabase(self, request, context):
+        """Start a stopped database
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetryDatabase(self, request, context):
+        """Try once more to make a failed database what was ordered
+
+        For a database with the status `failed`; its `progress` says why it failed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UndeleteDatabase(self, request, context):
+        """Bring a deleted database back
+
+        From its last backup, with its id, its password and its settings; of several with this name, the one that was
+        deleted last. What was written after that backup is lost.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -157,6 +228,31 @@ def add_DatabaseServiceServicer_to_server(servicer, server):
                     servicer.GetDatabaseConnection,
                     request_deserializer=controlplane_dot_api_dot_v1_dot_databases__pb2.GetDatabaseConnectionRequest.FromString,
                     response_serializer=controlplane_dot_api_dot_v1_dot_databases__pb2.DatabaseConnection.SerializeToString,
+            ),
+            'RotateDatabasePassword': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateDatabasePassword,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_databases__pb2.RotateDatabasePasswordRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_databases__pb2.DatabaseConnection.SerializeToString,
+            ),
+            'StopDatabase': grpc.unary_unary_rpc_method_handler(
+                    servicer.StopDatabase,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_databases__pb2.StopDatabaseRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_databases__pb2.Database.SerializeToString,
+            ),
+            'StartDatabase': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartDatabase,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_databases__pb2.StartDatabaseRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_databases__pb2.Database.SerializeToString,
+            ),
+            'RetryDatabase': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryDatabase,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_databases__pb2.RetryDatabaseRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_databases__pb2.Database.SerializeToString,
+            ),
+            'UndeleteDatabase': grpc.unary_unary_rpc_method_handler(
+                    servicer.UndeleteDatabase,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_databases__pb2.UndeleteDatabaseRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_databases__pb2.Database.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -322,6 +418,141 @@ class DatabaseService:
             '/controlplane.api.v1.DatabaseService/GetDatabaseConnection',
             controlplane_dot_api_dot_v1_dot_databases__pb2.GetDatabaseConnectionRequest.SerializeToString,
             controlplane_dot_api_dot_v1_dot_databases__pb2.DatabaseConnection.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RotateDatabasePassword(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/controlplane.api.v1.DatabaseService/RotateDatabasePassword',
+            controlplane_dot_api_dot_v1_dot_databases__pb2.RotateDatabasePasswordRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_databases__pb2.DatabaseConnection.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StopDatabase(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/controlplane.api.v1.DatabaseService/StopDatabase',
+            controlplane_dot_api_dot_v1_dot_databases__pb2.StopDatabaseRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_databases__pb2.Database.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartDatabase(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/controlplane.api.v1.DatabaseService/StartDatabase',
+            controlplane_dot_api_dot_v1_dot_databases__pb2.StartDatabaseRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_databases__pb2.Database.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetryDatabase(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/controlplane.api.v1.DatabaseService/RetryDatabase',
+            controlplane_dot_api_dot_v1_dot_databases__pb2.RetryDatabaseRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_databases__pb2.Database.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UndeleteDatabase(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/controlplane.api.v1.DatabaseService/UndeleteDatabase',
+            controlplane_dot_api_dot_v1_dot_databases__pb2.UndeleteDatabaseRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_databases__pb2.Database.FromString,
             options,
             channel_credentials,
             insecure,

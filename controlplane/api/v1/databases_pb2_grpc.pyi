@@ -19,7 +19,7 @@ class DatabaseServiceStub:
     ListDatabases: _aio.UnaryUnaryMultiCallable[_databases_pb2.ListDatabasesRequest, _databases_pb2.ListDatabasesResponse]
     """List databases
 
-    Every database of the account, oldest first.
+    Every database of the account, oldest first. With `show_deleted` also those that can still be undeleted.
     """
     CreateDatabase: _aio.UnaryUnaryMultiCallable[_databases_pb2.CreateDatabaseRequest, _databases_pb2.Database]
     """Create a database
@@ -32,18 +32,43 @@ class DatabaseServiceStub:
     UpdateDatabase: _aio.UnaryUnaryMultiCallable[_databases_pb2.UpdateDatabaseRequest, _databases_pb2.Database]
     """Change a database
 
-    Only what the body names is changed. A new SKU is applied in place.
+    Only what the body names is changed. A new SKU is applied in place: the database stays up, its sessions go on.
     """
     DeleteDatabase: _aio.UnaryUnaryMultiCallable[_databases_pb2.DeleteDatabaseRequest, _databases_pb2.Database]
     """Delete a database
 
-    The database, its user and its backups are removed for good. The answer has the status `deleting`; afterwards the
-    name answers 404 and is free again.
+    The database and its user are removed. The last completed backup is kept for as long as the plan says: until
+    `undelete_until` in the answer the database can be undeleted; without it, it is gone for good. The answer has the
+    status `deleting`; afterwards the name answers 404 and is free again.
     """
     GetDatabaseConnection: _aio.UnaryUnaryMultiCallable[_databases_pb2.GetDatabaseConnectionRequest, _databases_pb2.DatabaseConnection]
     """Show how to connect to a database
 
     The answer contains the password, so a token needs the right to write.
+    """
+    RotateDatabasePassword: _aio.UnaryUnaryMultiCallable[_databases_pb2.RotateDatabasePasswordRequest, _databases_pb2.DatabaseConnection]
+    """Give a database a new password
+
+    The answer has the new password, and the status is `updating`. Once it is `ready`, the old password has stopped
+    working and the sessions that it opened have ended.
+    """
+    StopDatabase: _aio.UnaryUnaryMultiCallable[_databases_pb2.StopDatabaseRequest, _databases_pb2.Database]
+    """Stop a database
+
+    Sessions are ended and nobody gets in; the data stays, and so does the price.
+    """
+    StartDatabase: _aio.UnaryUnaryMultiCallable[_databases_pb2.StartDatabaseRequest, _databases_pb2.Database]
+    """Start a stopped database"""
+    RetryDatabase: _aio.UnaryUnaryMultiCallable[_databases_pb2.RetryDatabaseRequest, _databases_pb2.Database]
+    """Try once more to make a failed database what was ordered
+
+    For a database with the status `failed`; its `progress` says why it failed.
+    """
+    UndeleteDatabase: _aio.UnaryUnaryMultiCallable[_databases_pb2.UndeleteDatabaseRequest, _databases_pb2.Database]
+    """Bring a deleted database back
+
+    From its last backup, with its id, its password and its settings; of several with this name, the one that was
+    deleted last. What was written after that backup is lost.
     """
 
 class DatabaseServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -57,7 +82,7 @@ class DatabaseServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_databases_pb2.ListDatabasesResponse]:
         """List databases
 
-        Every database of the account, oldest first.
+        Every database of the account, oldest first. With `show_deleted` also those that can still be undeleted.
         """
 
     @_abc_1.abstractmethod
@@ -88,7 +113,7 @@ class DatabaseServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_databases_pb2.Database]:
         """Change a database
 
-        Only what the body names is changed. A new SKU is applied in place.
+        Only what the body names is changed. A new SKU is applied in place: the database stays up, its sessions go on.
         """
 
     @_abc_1.abstractmethod
@@ -99,8 +124,9 @@ class DatabaseServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_databases_pb2.Database]:
         """Delete a database
 
-        The database, its user and its backups are removed for good. The answer has the status `deleting`; afterwards the
-        name answers 404 and is free again.
+        The database and its user are removed. The last completed backup is kept for as long as the plan says: until
+        `undelete_until` in the answer the database can be undeleted; without it, it is gone for good. The answer has the
+        status `deleting`; afterwards the name answers 404 and is free again.
         """
 
     @_abc_1.abstractmethod
@@ -112,6 +138,60 @@ class DatabaseServiceServicer(metaclass=_abc_1.ABCMeta):
         """Show how to connect to a database
 
         The answer contains the password, so a token needs the right to write.
+        """
+
+    @_abc_1.abstractmethod
+    def RotateDatabasePassword(
+        self,
+        request: _databases_pb2.RotateDatabasePasswordRequest,
+        context: _aio.ServicerContext[_databases_pb2.RotateDatabasePasswordRequest, _abc.Awaitable[_databases_pb2.DatabaseConnection]],
+    ) -> _abc.Awaitable[_databases_pb2.DatabaseConnection]:
+        """Give a database a new password
+
+        The answer has the new password, and the status is `updating`. Once it is `ready`, the old password has stopped
+        working and the sessions that it opened have ended.
+        """
+
+    @_abc_1.abstractmethod
+    def StopDatabase(
+        self,
+        request: _databases_pb2.StopDatabaseRequest,
+        context: _aio.ServicerContext[_databases_pb2.StopDatabaseRequest, _abc.Awaitable[_databases_pb2.Database]],
+    ) -> _abc.Awaitable[_databases_pb2.Database]:
+        """Stop a database
+
+        Sessions are ended and nobody gets in; the data stays, and so does the price.
+        """
+
+    @_abc_1.abstractmethod
+    def StartDatabase(
+        self,
+        request: _databases_pb2.StartDatabaseRequest,
+        context: _aio.ServicerContext[_databases_pb2.StartDatabaseRequest, _abc.Awaitable[_databases_pb2.Database]],
+    ) -> _abc.Awaitable[_databases_pb2.Database]:
+        """Start a stopped database"""
+
+    @_abc_1.abstractmethod
+    def RetryDatabase(
+        self,
+        request: _databases_pb2.RetryDatabaseRequest,
+        context: _aio.ServicerContext[_databases_pb2.RetryDatabaseRequest, _abc.Awaitable[_databases_pb2.Database]],
+    ) -> _abc.Awaitable[_databases_pb2.Database]:
+        """Try once more to make a failed database what was ordered
+
+        For a database with the status `failed`; its `progress` says why it failed.
+        """
+
+    @_abc_1.abstractmethod
+    def UndeleteDatabase(
+        self,
+        request: _databases_pb2.UndeleteDatabaseRequest,
+        context: _aio.ServicerContext[_databases_pb2.UndeleteDatabaseRequest, _abc.Awaitable[_databases_pb2.Database]],
+    ) -> _abc.Awaitable[_databases_pb2.Database]:
+        """Bring a deleted database back
+
+        From its last backup, with its id, its password and its settings; of several with this name, the one that was
+        deleted last. What was written after that backup is lost.
         """
 
 def add_DatabaseServiceServicer_to_server(servicer: DatabaseServiceServicer, server: _aio.Server) -> None: ...
