@@ -242,6 +242,9 @@ class DatabaseService(databases_pb2_grpc.DatabaseServiceServicer):
         if kept is not None:
             kept.expires_at = database.undelete_until = now + timedelta(days=days)
             kept.next_attempt_at = kept.expires_at
+            # A verification that is under way would decide on another time.
+            kept.generation += 1
+            kept.observed_generation += 1
         backups = select(Backup).where(col(Backup.database_id) == database.id).with_for_update()
         for backup in await call.session.scalars(backups):
             if backup is not kept:
