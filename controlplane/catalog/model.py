@@ -2,6 +2,7 @@
 
 import os
 import tomllib
+from collections.abc import Container
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -14,6 +15,7 @@ EMBEDDED = "embedded"
 EngineName = Literal["postgresql", "mysql", "mongodb", "clickhouse"]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
+_EMBEDDABLE = ("postgresql", "mysql", "clickhouse")
 _FAMILY = {"db": ("postgresql", "mysql", "mongodb"), "ch": ("clickhouse",)}
 
 
@@ -40,9 +42,13 @@ class Quotas(_Entry):
 
 
 class Plan(_Entry):
-    """What an account may have, and how often each of its tokens may ask in any 60 seconds."""
+    """What an account may have, how often each of its tokens may ask in any 60 seconds, and what it may regret.
+
+    `undelete_days` is for how long a deleted database's last backup is kept.
+    """
 
     name: Name
+    undelete_days: int = Field(default=7, ge=0, le=365)
     rate_limit_per_minute: int = Field(default=120, ge=1, le=1_000_000)
     quotas: Quotas
 
@@ -78,8 +84,8 @@ class Region(_Entry):
 class Cluster(_Entry):
     """A database server that holds customers' databases.
 
-    `admin` is how we reach it: a URL, `env:NAME` or `file:PATH` for a URL kept elsewhere, or `embedded` for the
-    PostgreSQL that `controlplane up` starts. `host` and `port` are where customers reach it. `capacity` is how many
+    `admin` is how we reach it: a URL, `env:NAME` or `file:PATH` for a URL kept elsewhere, or `embedded` for a
+    server that `controlplane up` starts. `host` and `port` are where customers reach it. `capacity` is how many
     databases it takes. One that is `drained` takes no new ones.
     """
 
@@ -95,8 +101,8 @@ class Cluster(_Entry):
     @model_validator(mode="after")
     def _check_admin(self) -> Self:
         if self.admin == EMBEDDED:
-            if self.engine != "postgresql":
-                raise ValueError(f"'admin = \"{EMBEDDED}\"' is for postgresql only")
+            if self.engine not in _EMBEDDABLE:
+                raise ValueError(f"'admin = \"{EMBEDDED}\"' is for {', '.join(_EMBEDDABLE)} only")
         elif not (self.host and self.port):
             raise ValueError("'host' and 'port' must say where customers reach it")
         elif "://" not in self.admin and not self.admin.startswith(("env:", "file:")):
@@ -176,13 +182,18 @@ class Catalog(_Entry):
         """Tell whether there is a region of this name."""
         return any(region.name == name for region in self.regions)
 
+    def with_clusters(self, names: Container[str]) -> Self:
+        """Return the catalogue with these clusters only: those that are really there."""
+        there = tuple(cluster for cluster in self.clusters if cluster.name in names)
+        return self.model_copy(update={"clusters": there})
+
+    def engines_in(self, region: str) -> list[str]:
+        """Return the engines that can be ordered in a region."""
+        return sorted({cluster.engine for cluster in self.clusters if cluster.region == region and not cluster.drained})
+
     def clusters_for(self, *, engine: str, region: str) -> list[Cluster]:
-        """Return the clusters of an engine in a region that take new databases."""
-        return [
-            cluster
-            for cluster in self.clusters
-            if cluster.engine == engine and cluster.region == region and not cluster.drained
-        ]
+        """Return the clusters of an engine in a region, drained ones too."""
+        return [cluster for cluster in self.clusters if cluster.engine == engine and cluster.region == region]
 
     @cached_property
     def _plans(self) -> dict[str, Plan]:

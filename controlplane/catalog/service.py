@@ -40,13 +40,7 @@ class CatalogService(catalog_pb2_grpc.CatalogServiceServicer):
                 catalog_pb2.Region(
                     name=region.name,
                     title=region.title,
-                    engines=sorted(
-                        {
-                            cluster.engine
-                            for cluster in self._catalog.clusters
-                            if cluster.region == region.name and not cluster.drained
-                        }
-                    ),
+                    engines=self._catalog.engines_in(region.name),
                 )
                 for region in self._catalog.regions
             ]

@@ -21,10 +21,12 @@ async def place(session: AsyncSession, catalog: Catalog, *, engine: str, region:
 
     Raises Conflict when there is no cluster for it, or none with room.
     """
-    clusters = catalog.clusters_for(engine=engine, region=region)
+    there = catalog.clusters_for(engine=engine, region=region)
+    clusters = [cluster for cluster in there if not cluster.drained]
     if not clusters:
+        has = ", ".join(catalog.engines_in(region)) or "nothing yet"
         raise Conflict(
-            f"The region '{region}' has no {engine} yet: /api/portal/regions shows what can be ordered where."
+            f"The region '{region}' has no {engine}, it has {has}: /api/portal/regions shows what can be ordered where."
         )
     uses = await _uses(session, clusters)
     for cluster in sorted(clusters, key=lambda cluster: uses[cluster.name] - cluster.capacity):
@@ -32,7 +34,14 @@ async def place(session: AsyncSession, catalog: Catalog, *, engine: str, region:
         # The condition decides, not the numbers read above: they may be old by now.
         taken = await session.execute(_TAKE, {"cluster": cluster.name, "capacity": cluster.capacity})
         if isinstance(taken, CursorResult) and taken.rowcount:
-            _log.info("placed", cluster=cluster.name, used=uses, engine=engine, region=region)
+            _log.info(
+                "placed",
+                cluster=cluster.name,
+                engine=engine,
+                region=region,
+                candidates={entry.name: f"{uses[entry.name]} of {entry.capacity} used" for entry in clusters},
+                drained=[entry.name for entry in there if entry.drained],
+            )
             return cluster
     raise Conflict(f"The region '{region}' has no room for another {engine} database right now. Try another region.")
 

@@ -1,4 +1,4 @@
-"""`controlplane up`: PostgreSQL, the server and Envoy in the foreground, started in order, watched, and stopped."""
+"""`controlplane up`: the embedded engines, the server and Envoy in the foreground: started, watched, and stopped."""
 
 import asyncio
 import fcntl
@@ -7,7 +7,7 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 
@@ -20,10 +20,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from controlplane import edge
 from controlplane.accounts.admin import count_accounts, create_account
 from controlplane.audit.log import AuditLog
-from controlplane.catalog.model import EMBEDDED, Catalog
+from controlplane.catalog.model import Catalog
 from controlplane.clock import SystemClock
 from controlplane.keys import Keys
 from controlplane.local.child import Child
+from controlplane.local.clickhouse import EmbeddedClickHouseError
+from controlplane.local.engines import EmbeddedServer, new_server, runnable_engines
+from controlplane.local.mariadb import EmbeddedMariaDBError
 from controlplane.local.postgres import EmbeddedPostgres, EmbeddedPostgresError
 from controlplane.local.welcome import welcome
 from controlplane.server import StartError
@@ -41,7 +44,7 @@ _log = structlog.get_logger("up")
 async def supervise(settings: Settings) -> None:
     """Start everything, print how to use it, and wait for SIGINT or SIGTERM; then stop everything.
 
-    Raises StartError or EmbeddedPostgresError when something does not start.
+    Raises StartError when something does not start.
     """
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -49,13 +52,13 @@ async def supervise(settings: Settings) -> None:
     catalog = Catalog.load(settings.catalog)
     async with AsyncExitStack() as stack:
         stack.enter_context(_data_dir(settings))
-        if any(cluster.admin == EMBEDDED for cluster in catalog.clusters):
-            await stack.enter_async_context(_postgres(settings))
+        engines = runnable_engines(catalog)
+        await stack.enter_async_context(_engines(engines, settings))
         await stack.enter_async_context(_server(settings))
         await stack.enter_async_context(_envoy(settings))
         # Last: a start that fails must not have made a password that nobody was shown.
         password = await _make_demo_account(settings, catalog)
-        click.echo(welcome(settings, DEMO_EMAIL, password))
+        click.echo(welcome(settings, engines, DEMO_EMAIL, password))
         await stop.wait()
         click.echo("\nStopping…")
 
@@ -64,7 +67,7 @@ async def supervise(settings: Settings) -> None:
 def _data_dir(settings: Settings) -> Iterator[None]:
     """Make the data folder, and hold it against a second start.
 
-    Others may pass through it, but not look into it: the embedded PostgreSQL has a user of its own when we are root.
+    Others may pass through it, but not look into it: the embedded engines have users of their own when we are root.
     Raises StartError when somebody holds it.
     """
     settings.run_dir.mkdir(parents=True, exist_ok=True)
@@ -81,15 +84,36 @@ def _data_dir(settings: Settings) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def _postgres(settings: Settings) -> AsyncIterator[None]:
-    postgres = EmbeddedPostgres(data_dir=settings.data_dir, run_dir=settings.run_dir, port=settings.postgres_port)
-    await postgres.start()
-    watch = asyncio.create_task(_restart_postgres(postgres))
+async def _engines(engines: Sequence[str], settings: Settings) -> AsyncIterator[None]:
+    """Run the servers of these engines while the body runs; they start all at once.
+
+    Raises StartError when one does not start, once the others have stopped.
+    """
+    async with AsyncExitStack() as stack:
+        try:
+            async with asyncio.TaskGroup() as starting:
+                for engine in engines:
+                    server = _running_engine(new_server(engine, settings))
+                    starting.create_task(stack.enter_async_context(server))
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        yield
+
+
+@asynccontextmanager
+async def _running_engine(server: EmbeddedServer) -> AsyncIterator[None]:
+    try:
+        await server.start()
+    except (EmbeddedPostgresError, EmbeddedMariaDBError, EmbeddedClickHouseError) as error:
+        raise StartError(str(error)) from None
+    # The others are a `Child` inside, which starts them again.
+    watch = asyncio.create_task(_restart_postgres(server)) if isinstance(server, EmbeddedPostgres) else None
     try:
         yield
     finally:
-        watch.cancel()
-        await postgres.stop()
+        if watch is not None:
+            watch.cancel()
+        await server.stop()
 
 
 async def _restart_postgres(postgres: EmbeddedPostgres) -> None:

@@ -1,12 +1,17 @@
 """What `controlplane up` prints once everything runs: where it is, and lines to paste."""
 
+from collections.abc import Sequence
+
 import click
 
+from controlplane.local.engines import port_of
 from controlplane.settings import Settings
 
+_ENGINES = {"postgresql": "PostgreSQL", "mysql": "MariaDB", "clickhouse": "chDB, by HTTP"}
 
-def welcome(settings: Settings, email: str, password: str | None) -> str:
-    """Return the text; with the demo login only where it has just been made."""
+
+def welcome(settings: Settings, engines: Sequence[str], email: str, password: str | None) -> str:
+    """Return the text; with the embedded engines that run, and the demo login only where it has just been made."""
     host = "127.0.0.1" if settings.http_host == "0.0.0.0" else settings.http_host  # noqa: S104
     base = f"http://{host}:{settings.http_port}"
     login = (
@@ -17,12 +22,15 @@ def welcome(settings: Settings, email: str, password: str | None) -> str:
     json = "-H 'Content-Type: application/json'"
     shown = password or "YOUR-PASSWORD"
     https = f"  HTTPS    https://{host}:{settings.https_port}/api/portal\n" if settings.tls_cert else ""
+    running = (f"{engine:<10} on port {port_of(engine, settings)}   {_ENGINES[engine]}" for engine in engines)
+    embedded = "\n           ".join(running) or "none is embedded; the catalogue has the clusters"
     return f"""
 {click.style("HTX Cloud is up.", bold=True, fg="green")}
 
   REST     {base}/api/portal   described at {base}/api/openapi
 {https}  gRPC     {settings.grpc_host}:{settings.grpc_port}   with reflection, for buf curl and grpcurl
   Metrics  http://127.0.0.1:{settings.metrics_port}/metrics of the server, {settings.edge_metrics_port} of Envoy
+  Engines  {embedded}
   Login    {login}
 
 Log in, make a token, and make a database:

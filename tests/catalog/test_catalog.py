@@ -39,8 +39,8 @@ PROBLEMS = [
     (REGION, 'name = "local"\ntitel', "regions.0.title: Field required"),
     (
         'engine = "postgresql"\nregion',
-        'engine = "mysql"\nregion',
-        "clusters.0: 'admin = \"embedded\"' is for postgresql only",
+        'engine = "mongodb"\nregion',
+        "clusters.0: 'admin = \"embedded\"' is for postgresql, mysql, clickhouse only",
     ),
     ('admin = "embedded"', 'admin = "postgresql://a@b/c"', "clusters.0: 'host' and 'port' must say where"),
     (
@@ -94,7 +94,9 @@ def test_the_built_in_catalogue_is_fine() -> None:
     """Without a file there is a catalogue that works as it stands, and everything in it can be placed."""
     catalog = Catalog.load(None)
     assert catalog.plan(catalog.default_plan).rate_limit_per_minute == 120
-    assert catalog.clusters_for(engine="postgresql", region=catalog.default_region)
+    for engine in ("postgresql", "mysql", "clickhouse"):
+        assert catalog.clusters_for(engine=engine, region=catalog.default_region)
+        assert any(engine in sku.engines for sku in catalog.skus)
     assert {plan.name for plan in catalog.plans} == {"starter", "business"}
 
 
@@ -104,7 +106,7 @@ def test_the_built_in_examples_are_fine(tmp_path: Path) -> None:
     lines = "\n".join(line.removeprefix("# ").partition("   #")[0] for line in commented)
     file = tmp_path / "catalog.toml"
     file.write_text(f'{GOOD}\n[[regions]]\nname = "fra1"\ntitle = "Frankfurt"\n[[clusters]]\n{lines}')
-    assert Catalog.load(file).clusters[1].name == "fra1-postgresql-1"
+    assert Catalog.load(file).clusters[-1].name == "fra1-postgresql-1"
 
 
 def test_an_admin_url_may_be_kept_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

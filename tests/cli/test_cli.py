@@ -102,7 +102,7 @@ async def test_the_catalogue_is_checked(run: Run, tmp_path: Path) -> None:
     good, wrong, missing = await asyncio.gather(
         *(run("catalog", "check", file) for file in (BUILT_IN, bad, tmp_path / "missing.toml"))
     )
-    assert (good.status, good.output) == (0, f"{BUILT_IN} is fine: 2 plans, 4 SKUs, 1 regions, 1 clusters.\n")
+    assert (good.status, good.output) == (0, f"{BUILT_IN} is fine: 2 plans, 4 SKUs, 1 regions, 3 clusters.\n")
     assert (wrong.status, wrong.output) == (1, "")
     assert f"{bad}: skus.0.vcpus: Input should be greater than or equal to 1" in wrong.errors
     assert len(wrong.errors.splitlines()) == 3

@@ -13,6 +13,7 @@ from controlplane.local.chdb.gateway import Gateway, admin_password
 async def main(folder: Path, port: int) -> None:
     """Serve on 127.0.0.1 until SIGTERM."""
     gateway = Gateway(folder, admin_password(folder))
+    os.chdir(folder)  # so that the paths of the engines' sockets are short, wherever the folder is
     tidying = asyncio.create_task(gateway.tidy())
     config = uvicorn.Config(
         gateway,

@@ -298,7 +298,8 @@ def main(folder: Path, *, database: str, uid: int, threads: int) -> None:
     # A thread keeps what it was born with, and chDB starts some when it is loaded.
     confine(readable=[*own, *system, folder], writable=[folder / "data", Path("/dev/null"), Path("/dev/urandom")])
     os.environ["TMPDIR"] = f"{folder}/data"
-    os.chdir(folder / "data")  # chDB would load the config.xml of whatever folder it is started in
+    # chDB would load the config.xml of whatever folder it is started in; and the socket's path stays short.
+    os.chdir(folder / "data")
     from chdb import session  # noqa: PLC0415 - 530 MB, and not before the confinement
 
     libc = ctypes.CDLL(None)
@@ -311,9 +312,7 @@ def main(folder: Path, *, database: str, uid: int, threads: int) -> None:
     url = f"{folder}/data/store?config-file={folder}/config.xml"
     engine = Engine(partial(session.Session, url), database=database, threads=threads)
     server = uvicorn.Server(
-        uvicorn.Config(
-            engine, uds=f"{folder}/data/socket", lifespan="off", log_config=None, log_level="critical", access_log=False
-        )
+        uvicorn.Config(engine, uds="socket", lifespan="off", log_config=None, log_level="critical", access_log=False)
     )
     asyncio.run(_serve(server))
 

@@ -17,7 +17,7 @@ from hmac import compare_digest
 from pathlib import Path
 from urllib.parse import parse_qsl
 
-import httpx
+import httpx2
 
 from controlplane.local.chdb.accounts import Accounts, NotUnderstood, User
 from controlplane.local.chdb.http import Message, Receive, Scope, Send, answer, body_of, fail, headers_of
@@ -50,7 +50,7 @@ class _Running:
     """An engine's process, what it was started with, and when it was last of use."""
 
     process: asyncio.subprocess.Process
-    client: httpx.AsyncClient
+    client: httpx2.AsyncClient
     configuration: str
     used: float
     busy: int = 0
@@ -90,7 +90,7 @@ class Gateway:
             else:
                 words = f"{user[:64]}: Authentication failed: password is incorrect, or there is no such user."
                 await fail(noting, "516", f"{words} (AUTHENTICATION_FAILED)")
-        except (_DoesNotStart, httpx.TransportError) as error:
+        except (_DoesNotStart, httpx2.TransportError) as error:
             # An answer that has begun can only be broken off, for the caller to see that it is not whole.
             if begun:
                 raise
@@ -206,7 +206,7 @@ class Gateway:
                 await asyncio.gather(passing, leaving, return_exceptions=True)
 
     @asynccontextmanager
-    async def _engine(self, name: str) -> AsyncIterator[httpx.AsyncClient]:
+    async def _engine(self, name: str) -> AsyncIterator[httpx2.AsyncClient]:
         """Return the way to an engine, started anew if it ended or its configuration changed."""
         async with self._starting.setdefault(name, asyncio.Lock()):
             configuration = self._configuration(name)
@@ -252,10 +252,10 @@ class Gateway:
                 process.kill()
             await process.wait()
             raise _DoesNotStart(line.decode(errors="replace").strip())
-        client = httpx.AsyncClient(
-            transport=httpx.AsyncHTTPTransport(uds=f"{folder}/data/socket"),
+        client = httpx2.AsyncClient(  # we are started in our folder, so that the path is short enough
+            transport=httpx2.AsyncHTTPTransport(uds=f"databases/{name}/data/socket"),
             base_url="http://engine",
-            timeout=None,  # noqa: S113
+            timeout=None,
         )
         return _Running(process, client, configuration, time.monotonic())
 
@@ -274,7 +274,7 @@ class _DoesNotStart(Exception):
 
 
 async def _relay(
-    client: httpx.AsyncClient,
+    client: httpx2.AsyncClient,
     parameters: dict[str, str],
     headers: dict[str, str],
     body: AsyncIterator[bytes],
