@@ -4,8 +4,9 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
-from controlplane.databases.engines.engine import Connection, Contents, Dump, EngineError, Observation, Target
+from controlplane.databases.engines.engine import Connection, Contents, Dump, EngineError, Missing, Observation, Target
 
 
 class FakeDump:
@@ -50,11 +51,15 @@ class FakeEngine:
         self._gate.set()
 
     async def apply(self, target: Target) -> tuple[str, ...]:
-        """Keep the target."""
+        """Keep the target, unless it should be there already and is not."""
         await self._pass("apply", target.name)
         before = self.databases.get(target.name)
-        self.databases[target.name] = target
-        return () if before == target else ("the database",)
+        if before is None and target.exists:
+            raise Missing
+        self.databases[target.name] = wanted = replace(target, exists=False)
+        if before is None:
+            return ("the database",)
+        return () if before == wanted else ("the user",)
 
     async def drop(self, name: str) -> None:
         """Forget the target."""

@@ -13,7 +13,8 @@ class Target:
     `name` is the generated name, used for the database and for its user: 3 to 32 lower-case letters, digits and
     underscores, a letter first. `connections` is how many sessions the user may have at once; `memory_mb` and
     `storage_gb` are what the customer pays for, enforced as far as the engine can. Without `login` the data is kept,
-    but nobody gets in.
+    but nobody gets in. With `exists` the database must be there already: if it is lost, an empty one in its place would
+    only hide that.
     """
 
     name: str
@@ -22,6 +23,7 @@ class Target:
     memory_mb: int
     storage_gb: int
     login: bool = True
+    exists: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,13 @@ class Busy(EngineError):
     """Another worker is changing this database on the cluster: look again later, and decide anew."""
 
 
+class Missing(EngineError):
+    """The database, which was to be there, is not on its cluster: its data is lost, unless somebody brings it back."""
+
+    def __init__(self) -> None:
+        super().__init__("The database is no longer on its cluster; restore a backup, or contact support.")
+
+
 class Engine(Protocol):
     """One database engine's driver, bound to one cluster. All methods raise EngineError or a kind of it."""
 
@@ -96,7 +105,9 @@ class Engine(Protocol):
 
         Such as `("the connection limit", "the password")`; empty if all was well, `("the database",)` for a new one.
         Repeating it is safe: after a crash at any point, and when limits, rights, password, owner or user were
-        changed behind our back. It never loses data.
+        changed behind our back. It never loses data. Whenever it changes the password, ours or somebody else's, it ends
+        the sessions of whoever came in with the old one. Raises Missing, and has changed nothing, if the target
+        `exists` and the database does not.
         """
 
     async def drop(self, name: str) -> None:

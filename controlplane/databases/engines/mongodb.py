@@ -9,6 +9,7 @@ import secrets
 from base64 import b64decode
 from collections.abc import AsyncIterator, Mapping, MutableMapping
 from contextlib import aclosing, asynccontextmanager, nullcontext
+from functools import lru_cache
 from hashlib import pbkdf2_hmac, sha256
 from hmac import compare_digest, digest
 from time import monotonic
@@ -69,9 +70,11 @@ class MongoDB:
     `mongodb+srv://…`. The admin has the role `root`. `host` and `port` are what customers connect to.
 
     Enforced: a tenant reads and writes his own database only. Advice: connections, memory and storage, for which
-    MongoDB has no limits per user; watch `observe`, and take the login from who takes too much. There is no database
-    without a collection, so a new one is there as soon as its user is. A password crosses the wire as it is (use TLS);
-    the server keeps a SCRAM verifier, and blots the password out of its logs.
+    MongoDB has no limits per user; watch `observe`, and take the login from who takes too much. A password crosses the
+    wire as it is (use TLS); the server keeps a SCRAM verifier, and blots the password out of its logs.
+
+    There is no database without a collection, so one is there as soon as its user is, and `Missing` is never raised: a
+    lost database looks like one that nothing was put into. A lost user is made again, and sees what data there is.
 
     On a replica set a dump is as of one moment, for as long as the server keeps old versions
     (`minSnapshotHistoryWindowInSeconds`, 5 minutes unless set); elsewhere each document is as of its reading.
@@ -89,20 +92,25 @@ class MongoDB:
 
         Who still uses an old password is cut off: a new one, or no login, ends the user's sessions.
         """
-        async with self._locked(target.name) as admin:
-            user = await admin.find_user(target.name)
-            differed = await _differences(admin, user, target)
-            if differed == ("the rights",):
-                await admin.run(target.name, "updateUser", target.name, roles=_roles(target.name))
-            elif differed:
-                await _make_user(admin, target)
-            if not target.login:
-                await _end_sessions(admin, target.name)
-            return differed
+        _check_name(target.name)
+        async with self._connected() as client:
+            # A lock is two writes to most of the cluster: too much for a look after which there is nothing to do.
+            if target.login and not await _differences(_Admin(client), target):
+                return ()
+            async with _locked(client, target.name) as admin:
+                differed = await _differences(admin, target)
+                if differed == ("the rights",):
+                    await admin.run(target.name, "updateUser", target.name, roles=_roles(target.name))
+                elif differed:
+                    await _make_user(admin, target)
+                if not target.login:
+                    await _end_sessions(admin, target.name)
+                return differed
 
     async def drop(self, name: str) -> None:
         """Remove database and user; see `Engine.drop`."""
-        async with self._locked(name) as admin:
+        _check_name(name)
+        async with self._connected() as client, _locked(client, name) as admin:
             # Commands that succeed on nothing. Sessions end before the data goes, or a late write would bring it back.
             await admin.run(name, "dropAllUsersFromDatabase")
             await admin.run(name, "dropAllRolesFromDatabase")
@@ -179,38 +187,6 @@ class MongoDB:
         )
 
     @asynccontextmanager
-    async def _locked(self, name: str) -> AsyncIterator["_Admin"]:
-        """Connect as the admin and hold the lock of this name; whoever else wants it meanwhile is told Busy.
-
-        MongoDB has no lock that goes with its session, so this one is a document with an end, by the server's clock.
-        A crashed worker's lock lasts until then. A paused one wakes up without the lock, and is stopped before its next
-        command; what he could still do late is a command that was on its way when he, or the network, stood still.
-        """
-        _check_name(name)
-        owner = secrets.token_hex(16)
-        # A lock that only one member of the replica set knows would be lost with it.
-        safe = WriteConcern("majority", wtimeout=int(_STATEMENT_TIMEOUT * 1000))
-        async with self._connected() as client:
-            locks = client[_OURS].get_collection("locks", write_concern=safe)
-            admin = _Admin(client, until=monotonic() + _WORK_SECONDS)
-            now = {"$toLong": "$$NOW"}  # in milliseconds
-            free = {"$lt": ["$until", now]}  # what is missing is less than anything
-            end = {"$add": [now, int(_LOCK_SECONDS * 1000)]}
-            lock = await locks.find_one_and_update(
-                {"_id": name},
-                [{"$set": {"owner": {"$cond": [free, owner, "$owner"]}, "until": {"$cond": [free, end, "$until"]}}}],
-                upsert=True,
-                return_document=ReturnDocument.AFTER,
-                maxTimeMS=int(_STATEMENT_TIMEOUT * 1000),
-            )
-            if lock is None or lock["owner"] != owner:
-                raise Busy("Another change to this database is still under way; look again in a moment.")
-            try:
-                yield admin
-            finally:
-                await locks.delete_one({"_id": name, "owner": owner})
-
-    @asynccontextmanager
     async def _connected(
         self, *, answers_within: float = _STATEMENT_TIMEOUT + 5, **login: Any
     ) -> AsyncIterator[AsyncMongoClient[Document]]:
@@ -273,16 +249,48 @@ class _Admin:
         return bool(found["cursor"]["firstBatch"])
 
 
+@asynccontextmanager
+async def _locked(client: AsyncMongoClient[Document], name: str) -> AsyncIterator[_Admin]:
+    """Hold the lock of this name; whoever else wants it meanwhile is told Busy.
+
+    MongoDB has no lock that goes with its session, so this one is a document with an end, by the server's clock.
+    A crashed worker's lock lasts until then. A paused one wakes up without the lock, and is stopped before its next
+    command; what he could still do late is a command that was on its way when he, or the network, stood still.
+    """
+    owner = secrets.token_hex(16)
+    # A lock that only one member of the replica set knows would be lost with it.
+    safe = WriteConcern("majority", wtimeout=int(_STATEMENT_TIMEOUT * 1000))
+    locks = client[_OURS].get_collection("locks", write_concern=safe)
+    admin = _Admin(client, until=monotonic() + _WORK_SECONDS)
+    now = {"$toLong": "$$NOW"}  # in milliseconds
+    free = {"$lt": ["$until", now]}  # what is missing is less than anything
+    end = {"$add": [now, int(_LOCK_SECONDS * 1000)]}
+    lock = await locks.find_one_and_update(
+        {"_id": name},
+        [{"$set": {"owner": {"$cond": [free, owner, "$owner"]}, "until": {"$cond": [free, end, "$until"]}}}],
+        upsert=True,
+        return_document=ReturnDocument.AFTER,
+        maxTimeMS=int(_STATEMENT_TIMEOUT * 1000),
+    )
+    if lock is None or lock["owner"] != owner:
+        raise Busy("Another change to this database is still under way; look again in a moment.")
+    try:
+        yield admin
+    finally:
+        await locks.delete_one({"_id": name, "owner": owner})
+
+
 async def _indexes(database: AsyncDatabase[Document], collection: Mapping[str, Any]) -> list[MutableMapping[str, Any]]:
     if collection["type"] == "view":  # MongoDB refuses to list what it cannot have
         return []
     return await (await database[collection["name"]].list_indexes()).to_list()
 
 
-async def _differences(admin: _Admin, user: Document | None, target: Target) -> tuple[str, ...]:
+async def _differences(admin: _Admin, target: Target) -> tuple[str, ...]:
+    user = await admin.find_user(target.name)
     if user is None:
-        return ("the user",) if await admin.has_collections(target.name) else ("the database",)
-    # Takes some 10 ms of a core.
+        return ("the user",) if target.exists or await admin.has_collections(target.name) else ("the database",)
+    # Takes some 10 ms of a core, the first time.
     has_password = await asyncio.to_thread(_has_password, user, target.password)
     if bool(user["roles"]) != target.login:
         return ("the login",)
@@ -329,9 +337,15 @@ def _has_password(user: Document, password: str) -> bool:
     if set(user["credentials"]) != {_MECHANISM}:
         return False
     stored = user["credentials"][_MECHANISM]
-    salted = pbkdf2_hmac("sha256", saslprep(password).encode(), b64decode(stored["salt"]), stored["iterationCount"])
-    key = sha256(digest(salted, b"Client Key", "sha256")).digest()
+    key = _stored_key(password, b64decode(stored["salt"]), stored["iterationCount"])
     return compare_digest(key, b64decode(stored["storedKey"]))
+
+
+@lru_cache(maxsize=4096)
+def _stored_key(password: str, salt: bytes, rounds: int) -> bytes:
+    """Return what SCRAM-SHA-256 stores; remembered, as the same is asked whenever somebody looks after a database."""
+    salted = pbkdf2_hmac("sha256", saslprep(password).encode(), salt, rounds)
+    return sha256(digest(salted, b"Client Key", "sha256")).digest()
 
 
 def _roles(name: str) -> list[dict[str, str]]:

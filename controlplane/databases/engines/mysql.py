@@ -17,7 +17,15 @@ import structlog
 from pymysql.constants import CR, ER
 from pymysql.cursors import Cursor
 
-from controlplane.databases.engines.engine import Busy, ClusterUnavailable, Connection, Contents, Observation, Target
+from controlplane.databases.engines.engine import (
+    Busy,
+    ClusterUnavailable,
+    Connection,
+    Contents,
+    Missing,
+    Observation,
+    Target,
+)
 from controlplane.databases.engines.mysql_dump import (
     WHILE_READING,
     Dump,
@@ -154,6 +162,8 @@ class MySQL:
             _warn_of_gaps(admin)
             if _exists(admin, target.name):
                 return tuple(_apply_user(admin, target))
+            if target.exists:
+                raise Missing
             _rows(admin, f"CREATE DATABASE `{target.name}` CHARACTER SET utf8mb4")
             return ("the database", *(part for part in _apply_user(admin, target) if part != "the user"))
 
@@ -248,8 +258,7 @@ def _apply_user(admin: Admin, target: Target) -> list[str]:
     name = target.name
     differs = []
     hosts = _hosts(admin, name)
-    for host in hosts - {"%"}:  # a server prefers the account whose host is the more exact
-        _rows(admin, f"DROP USER '{name}'@%s", host)
+    if hosts - {"%"}:  # a server prefers the account whose host is the more exact
         differs.append("a second user of its name")
     if "%" not in hosts:
         differs.append("the user")
@@ -271,15 +280,18 @@ def _apply_user(admin: Admin, target: Target) -> list[str]:
         f"IDENTIFIED WITH mysql_native_password AS '{_verifier(target.password)}'"
         f" WITH MAX_USER_CONNECTIONS {target.connections:d} ACCOUNT {'UNLOCK' if target.login else 'LOCK'}"
     )
-    if {"the user", "the user's options", "the rights"} & set(differs):
-        # Made anew, as no statement takes all away that an account may have: roles, proxies, limits of other kinds.
-        _rows(admin, f"DROP USER IF EXISTS '{name}'@'%'")
+    if set(differs) - {"the connection limit", "the login"}:
+        # Made anew, as no statement takes all away that an account may have: roles, proxies, limits of other kinds. A
+        # session keeps the rights that it began with, so it ends. Ours goes first: whoever goes on after a crash finds
+        # it missing, and does all of this.
+        for host in ("%", *hosts - {"%"}):
+            _rows(admin, f"DROP USER IF EXISTS '{name}'@%s", host)
+        _end_sessions(admin, "user = %s", name)
         _rows(admin, f"CREATE USER '{name}'@'%' {options}")
         _rows(admin, f"GRANT {_RIGHTS} ON {_granted(name)} TO '{name}'@'%'")
     elif differs:
         _rows(admin, f"ALTER USER '{name}'@'%' {options}")
-    # A session keeps the rights that it began with.
-    if not target.login or set(differs) - {"the connection limit", "the login"}:
+    if not target.login:
         _end_sessions(admin, "user = %s", name)
     return differs
 

@@ -12,7 +12,17 @@ import asyncpg
 import structlog
 from scramp import ScramMechanism
 
-from controlplane.databases.engines.engine import Busy, Connection, Contents, Dump, EngineError, Observation, Target
+from controlplane.databases.engines.engine import (
+    Busy,
+    ClusterUnavailable,
+    Connection,
+    Contents,
+    Dump,
+    EngineError,
+    Missing,
+    Observation,
+    Target,
+)
 from controlplane.databases.engines.postgresql_dump import PostgreSQLDump, count_contents, lock_tables, run_pg_restore
 from controlplane.databases.engines.postgresql_errors import TRY_LATER, in_our_terms
 
@@ -25,6 +35,7 @@ _STATEMENT_TIMEOUT = 30.0
 _ANSWER_MARGIN = 5.0
 _NO_TIMEOUT = 0.0
 _LOCK_TIMEOUT = 60.0
+_END_TIMEOUT = 5.0  # for one session that was told to end
 
 _FORBIDDEN = {
     "rolsuper": "NOSUPERUSER",
@@ -54,6 +65,24 @@ _SETTINGS = {
     "quote_all_identifiers": "off",
 }
 
+# All that there is of one name, and who asks; in one statement, as a new connection's first words are its slowest.
+_LOOK = """
+SELECT us.rolsuper AS is_superuser, has_table_privilege('pg_authid', 'SELECT') AS sees_passwords,
+  r.*, r.rolvaliduntil < 'infinity' AS expires,
+  ARRAY(SELECT format('%I FROM %I GRANTED BY %I', pg_get_userbyid(roleid), pg_get_userbyid(member),
+      pg_get_userbyid(grantor))
+    FROM pg_auth_members WHERE member = r.oid
+    OR roleid = r.oid AND NOT EXISTS (SELECT FROM pg_roles o WHERE o.oid = member AND (rolsuper OR rolcreaterole))
+  ) AS memberships,
+  pg_get_userbyid(datdba) AS owner, datconnlimit, datistemplate,
+  datallowconn AND datconnlimit = -1 AND NOT datistemplate AND has_database_privilege(r.oid, d.oid, 'CREATE')
+    AND has_database_privilege(r.oid, d.oid, 'CONNECT') AND has_database_privilege(r.oid, d.oid, 'TEMPORARY') AS opens,
+  ARRAY(SELECT DISTINCT CASE grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(grantee)) END
+    FROM aclexplode(coalesce(datacl, acldefault('d', datdba))) WHERE grantee <> datdba) AS others
+FROM pg_roles us LEFT JOIN pg_roles r ON r.rolname = $1 LEFT JOIN pg_database d ON d.datname = $1
+WHERE us.rolname = current_user
+"""
+
 _INVALID = -2  # datconnlimit of a database whose DROP was interrupted; what is left of it cannot be used
 
 # A customer may store a verifier of his own making, and to check one with millions of rounds takes seconds: only one of
@@ -73,7 +102,8 @@ class PostgreSQL:
 
     Enforced: who may connect, and how many connections at once; with a superuser as the admin, also that temporary
     files stay within the storage. Advice: memory and the size of the data, which PostgreSQL limits for no database.
-    A new password holds for new sessions; those that run go on.
+    A new password ends the sessions that came in with the old one. An admin who may not read `pg_authid` learns by a
+    login as the tenant whether the password is ours, and sets it each time.
 
     Each action has a connection of its own: that takes 3 ms of the 35 that a new database takes, and the advisory
     lock on it goes when it goes.
@@ -90,19 +120,29 @@ class PostgreSQL:
     async def apply(self, target: Target) -> tuple[str, ...]:
         """Make the cluster match the target; see `Engine.apply`."""
         async with self._locked(target.name) as admin:
+            found = await admin.fetchrow(_LOOK, target.name)
+            if found["owner"] is None and target.exists:
+                raise Missing
+            if found["datconnlimit"] == _INVALID:
+                raise EngineError("The database was half deleted and cannot be used; delete it, and create it anew.")
             await _isolate_system_databases(admin)
-            differed = (*await _apply_role(admin, target), *await _apply_database(admin, target.name))
-            return ("the database",) if "the database" in differed else differed
+            has_password = await self._has_password(admin, found, target)
+            differed = await _apply_role(admin, found, target, has_password=has_password)
+            if found["owner"] is None:
+                await _create_database(admin, target.name)
+                return ("the database",)
+            return (*differed, *await _apply_database(admin, found, target.name))
 
     async def drop(self, name: str) -> None:
         """Remove database and role; see `Engine.drop`."""
         async with self._locked(name) as admin:
-            if await _role_exists(admin, name):
-                await _own_role(admin, name)
-            if await admin.fetchval("SELECT datistemplate FROM pg_database WHERE datname = $1", name):
+            found = await admin.fetchrow(_LOOK, name)
+            if found["rolname"]:
+                await _own_role(admin, found, name)
+            if found["datistemplate"]:
                 await admin.execute(f'ALTER DATABASE "{name}" IS_TEMPLATE false')  # its owner can make it undroppable
             await admin.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
-            if await _role_exists(admin, name):
+            if found["rolname"]:
                 # Rights that somebody granted it on other databases would keep the role.
                 await admin.execute(f'DROP OWNED BY "{name}"; DROP ROLE "{name}"')
 
@@ -169,6 +209,24 @@ class PostgreSQL:
             uri=f"postgresql://{name}:{quote(password, safe='')}@{host}:{self._port}/{name}",
         )
 
+    async def _has_password(self, admin: asyncpg.Connection, found: asyncpg.Record, target: Target) -> bool | None:
+        """Return whether this is the role's password; None where that does not show, and nothing hangs on it."""
+        if found["sees_passwords"]:
+            stored = await admin.fetchval("SELECT rolpassword FROM pg_authid WHERE rolname = $1", target.name)
+            parts = _VERIFIER.fullmatch(stored or "")
+            return parts is not None and compare_digest(stored, _verifier(target.password, b64decode(parts[1])))
+        if found["rolcanlogin"] and target.login:
+            try:
+                tenant = await asyncpg.connect(
+                    self._tenant_dsn(target.name), password=target.password, timeout=_CONNECT_TIMEOUT
+                )
+                tenant.terminate()
+            except asyncpg.InvalidPasswordError:
+                return False
+            except (*TRY_LATER, asyncpg.PostgresError):
+                pass
+        return None  # also if he got in, which he may by any password where the server's rules say `trust`
+
     def _tenant_dsn(self, name: str) -> str:
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"postgresql://{name}@{host}:{self._port}/{name}"
@@ -210,10 +268,10 @@ class PostgreSQL:
             with in_our_terms():
                 admin = await self._connect(within=_STATEMENT_TIMEOUT)
                 yield admin
-                await admin.close(timeout=_CONNECT_TIMEOUT)  # waits for the server, so that its locks are gone too
         finally:
             if admin is not None:
-                admin.terminate()
+                with suppress(*TRY_LATER, asyncpg.PostgresError):
+                    await admin.close(timeout=_CONNECT_TIMEOUT)  # waits for the server, so that its locks are gone too
 
     async def _connect(self, *, database: str | None = None, within: float) -> asyncpg.Connection:
         return await asyncpg.connect(
@@ -244,125 +302,95 @@ async def _isolate_system_databases(admin: asyncpg.Connection) -> None:
             )
 
 
-async def _apply_role(admin: asyncpg.Connection, target: Target) -> list[str]:
-    name, differed = target.name, list[str]()
-    if not await _role_exists(admin, name):
+async def _apply_role(
+    admin: asyncpg.Connection, found: asyncpg.Record, target: Target, *, has_password: bool | None
+) -> list[str]:
+    name, differed = target.name, _differences(found, target, has_password=has_password)
+    if not found["rolname"]:
         await admin.execute(f'CREATE ROLE "{name}"')
-        differed.append("the user")
-    await _own_role(admin, name)
-    role = await admin.fetchrow(
-        "SELECT *, rolvaliduntil < 'infinity' AS expires FROM pg_roles WHERE rolname = $1", name
-    )
-    # Only what differs: an admin who is no superuser may not even name an attribute that he lacks.
-    options = [word for attribute, word in _FORBIDDEN.items() if role[attribute]]
-    if await _revoke_memberships(admin, name) or options:
-        differed.append("the user's rights")
-    if role["rolcanlogin"] != target.login:
-        options.append("LOGIN" if target.login else "NOLOGIN")
-        differed.append("whether it can be logged in to")
-    if role["rolconnlimit"] != target.connections:
-        options.append(f"CONNECTION LIMIT {target.connections:d}")
-        differed.append("the connection limit")
-    has_password = await _has_password(admin, name, target.password)
-    if not has_password:
-        options.append(f"PASSWORD '{_verifier(target.password)}'")
-        differed += [] if has_password is None else ["the password"]
-    if role["expires"]:
-        options.append("VALID UNTIL 'infinity'")
-        differed.append("the password's end")
-    if options:
-        await admin.execute(f'ALTER ROLE "{name}" {" ".join(options)}')
-    if await _limit_temporary_files(admin, role, target):
-        differed.append("the limit of temporary files")
+    await _own_role(admin, found, name)
+    for membership in found["memberships"]:
+        await admin.execute(f"REVOKE {membership} CASCADE")
+    if "the password" in differed:
+        # Nobody comes in while the sessions end, and whoever goes on after a crash finds it missing and ends them too.
+        await admin.execute(f'ALTER ROLE "{name}" PASSWORD NULL')
+        await _end_sessions(admin, name)
+    if differed or not has_password:
+        # Only what differs: an admin who is no superuser may not even name an attribute that he lacks.
+        options = [word for attribute, word in _FORBIDDEN.items() if found[attribute]]
+        options += ["LOGIN" if target.login else "NOLOGIN", f"CONNECTION LIMIT {target.connections:d}"]
+        options += [] if has_password else [f"PASSWORD '{_verifier(target.password)}'"]
+        await admin.execute(f"ALTER ROLE \"{name}\" {' '.join(options)} VALID UNTIL 'infinity'")
+    # Only a superuser can set it, and then the tenant himself cannot.
+    if found["is_superuser"] and {"the user", "the limit of temporary files"} & set(differed):
+        await admin.execute(f"ALTER ROLE \"{name}\" SET temp_file_limit = '{target.storage_gb:d}GB'")
     if not target.login:
-        await admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = $1", name)
-    return ["the user"] if "the user" in differed else differed
-
-
-async def _revoke_memberships(admin: asyncpg.Connection, name: str) -> bool:
-    """Take from the role what it is a member of, and its members but for admins; tell whether there was any."""
-    found = await admin.fetch(
-        "SELECT pg_get_userbyid(roleid) AS role, pg_get_userbyid(member) AS member, pg_get_userbyid(grantor) AS grantor"
-        " FROM pg_auth_members WHERE pg_get_userbyid(member) = $1"
-        " OR pg_get_userbyid(roleid) = $1"
-        " AND NOT EXISTS (SELECT FROM pg_roles r WHERE r.oid = member AND (rolsuper OR rolcreaterole))",
-        name,
-    )
-    for row in found:
-        role, member, grantor = (_quoted(row[key]) for key in ("role", "member", "grantor"))
-        await admin.execute(f"REVOKE {role} FROM {member} GRANTED BY {grantor} CASCADE")
-    return bool(found)
-
-
-async def _limit_temporary_files(admin: asyncpg.Connection, role: asyncpg.Record, target: Target) -> bool:
-    """Set the limit, and tell whether it differed; only a superuser can, and then the tenant himself cannot."""
-    setting = f"temp_file_limit={target.storage_gb}GB"
-    if setting in (role["rolconfig"] or ()) or not await _is_superuser(admin):
-        return False
-    await admin.execute(f"ALTER ROLE \"{target.name}\" SET temp_file_limit = '{target.storage_gb:d}GB'")
-    return True
-
-
-async def _apply_database(admin: asyncpg.Connection, name: str) -> list[str]:
-    database = await admin.fetchrow(
-        "SELECT pg_get_userbyid(datdba) AS owner, datconnlimit, datallowconn FROM pg_database WHERE datname = $1", name
-    )
-    differed = list[str]()
-    if database is None:
-        # Closed until PUBLIC has lost its rights, or a tenant could slip in before. STRATEGY wal_log, the default, took
-        # 31 ms where file_copy took 81.
-        await admin.execute(
-            f'CREATE DATABASE "{name}" OWNER "{name}" TEMPLATE template0 ENCODING \'UTF8\' ALLOW_CONNECTIONS false'
-        )
-        differed.append("the database")
-    elif database["datconnlimit"] == _INVALID:
-        raise EngineError("The database was half deleted and cannot be used; delete it, and create it anew.")
-    elif database["owner"] != name:
-        await admin.execute(f'ALTER DATABASE "{name}" OWNER TO "{name}"')
-        differed.append("the owner")
-    found = await admin.fetchrow(
-        "SELECT datallowconn AND datconnlimit = -1 AND NOT datistemplate"
-        " AND has_database_privilege($1, oid, 'CREATE') AND has_database_privilege($1, oid, 'CONNECT')"
-        " AND has_database_privilege($1, oid, 'TEMPORARY') AS matches,"
-        " ARRAY(SELECT DISTINCT CASE grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(grantee)) END"
-        " FROM aclexplode(coalesce(datacl, acldefault('d', datdba))) WHERE grantee <> datdba) AS others"
-        " FROM pg_database WHERE datname = $1",
-        name,
-    )
-    if found["others"] or not found["matches"]:
-        await admin.execute(
-            f'REVOKE ALL ON DATABASE "{name}" FROM {", ".join(found["others"]) or "PUBLIC"} CASCADE;'
-            f'GRANT ALL ON DATABASE "{name}" TO "{name}";'
-            f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true CONNECTION LIMIT -1 IS_TEMPLATE false'
-        )
-        differed += [] if "the database" in differed else ["who may connect"]
+        await _end_sessions(admin, name)
     return differed
 
 
-async def _role_exists(admin: asyncpg.Connection, name: str) -> bool:
-    return bool(await admin.fetchval("SELECT true FROM pg_roles WHERE rolname = $1", name))
+def _differences(found: asyncpg.Record, target: Target, *, has_password: bool | None) -> list[str]:
+    if not found["rolname"]:
+        return ["the user"]
+    limit = f"temp_file_limit={target.storage_gb}GB"
+    matches = {
+        "the user's rights": not found["memberships"] and not any(found[attribute] for attribute in _FORBIDDEN),
+        "whether it can be logged in to": found["rolcanlogin"] == target.login,
+        "the connection limit": found["rolconnlimit"] == target.connections,
+        "the password": has_password is not False,
+        "the password's end": not found["expires"],
+        "the limit of temporary files": not found["is_superuser"] or limit in (found["rolconfig"] or ()),
+    }
+    return [part for part, is_right in matches.items() if not is_right]
 
 
-async def _own_role(admin: asyncpg.Connection, name: str) -> None:
+async def _end_sessions(admin: asyncpg.Connection, name: str) -> None:
+    """End the role's sessions, and wait until they are gone."""
+    ended = await admin.fetchval(
+        "SELECT count(pg_terminate_backend(pid, $2)) FROM pg_stat_activity WHERE usename = $1",
+        name,
+        int(_END_TIMEOUT * 1000),
+    )
+    if ended and await admin.fetchval("SELECT count(*) FROM pg_stat_activity WHERE usename = $1", name):
+        raise ClusterUnavailable("Sessions of the database are still being ended; try again later.")
+
+
+async def _create_database(admin: asyncpg.Connection, name: str) -> None:
+    # Closed until PUBLIC has lost its rights, or a tenant could slip in before. STRATEGY wal_log, the default, took
+    # 31 ms where file_copy took 81.
+    await admin.execute(
+        f'CREATE DATABASE "{name}" OWNER "{name}" TEMPLATE template0 ENCODING \'UTF8\' ALLOW_CONNECTIONS false'
+    )
+    await _open_database(admin, name, revoked=["PUBLIC"])
+
+
+async def _apply_database(admin: asyncpg.Connection, found: asyncpg.Record, name: str) -> list[str]:
+    differed = list[str]()
+    if found["owner"] != name:
+        await admin.execute(f'ALTER DATABASE "{name}" OWNER TO "{name}"')
+        differed.append("the owner")
+        found = await admin.fetchrow(_LOOK, name)  # the rights went over to the new owner
+    if found["others"] or not found["opens"]:
+        await _open_database(admin, name, revoked=found["others"])
+        differed.append("who may connect")
+    return differed
+
+
+async def _open_database(admin: asyncpg.Connection, name: str, *, revoked: list[str]) -> None:
+    await admin.execute(
+        f'REVOKE ALL ON DATABASE "{name}" FROM {", ".join(revoked) or "PUBLIC"} CASCADE;'
+        f'GRANT ALL ON DATABASE "{name}" TO "{name}";'
+        f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true CONNECTION LIMIT -1 IS_TEMPLATE false'
+    )
+
+
+async def _own_role(admin: asyncpg.Connection, found: asyncpg.Record, name: str) -> None:
     """Let an admin who is no superuser act for the role: to give it a database, end its sessions, drop both."""
-    if await _is_superuser(admin):
+    if found["is_superuser"]:
         return
     # Before version 16 membership means all of this.
     options = " WITH INHERIT TRUE, SET TRUE" if admin.get_server_version().major >= 16 else ""  # noqa: PLR2004
     await admin.execute(f'GRANT "{name}" TO CURRENT_USER{options}')
-
-
-async def _is_superuser(admin: asyncpg.Connection) -> bool:
-    return bool(await admin.fetchval("SELECT rolsuper FROM pg_roles WHERE rolname = current_user"))
-
-
-async def _has_password(admin: asyncpg.Connection, name: str, password: str) -> bool | None:
-    """Return whether this is the role's password; None where only a superuser could tell."""
-    if not await admin.fetchval("SELECT has_table_privilege('pg_authid', 'SELECT')"):
-        return None
-    stored = await admin.fetchval("SELECT rolpassword FROM pg_authid WHERE rolname = $1", name)
-    parts = _VERIFIER.fullmatch(stored or "")
-    return parts is not None and compare_digest(stored, _verifier(password, b64decode(parts[1])))
 
 
 def _verifier(password: str, salt: bytes | None = None) -> str:

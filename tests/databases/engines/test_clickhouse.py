@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from controlplane.databases.engines import clickhouse
 from controlplane.databases.engines.clickhouse import ClickHouse
 from controlplane.databases.engines.clickhouse_http import Session
-from controlplane.databases.engines.engine import ClusterUnavailable, EngineError, Target
+from controlplane.databases.engines.engine import ClusterUnavailable, EngineError, Missing, Target
 from tests.databases.engines.clickhouse_server import LONG_QUERY, Server, Wrong, cause_of, new_target
 from tests.stack import eventually
 
@@ -173,6 +174,45 @@ async def test_repair(server: Server, patient: Target, tampering: str, reported:
     assert await server.tenant(patient, "SHOW TABLES") == ("" if reported == "the database" else "notes")
     with pytest.raises(Wrong):
         await server.tenant(patient, "SET max_memory_usage_for_user = 0")
+
+
+async def test_lost_database(server: Server, target: Target) -> None:
+    """A database that was to be there and is not is missed, with or without its user, and nothing is changed."""
+    wanted = replace(target, exists=True, connections=7)
+    await server.admin(f"DROP DATABASE IF EXISTS {target.name} SYNC")
+    before = (server.folder / "accounts.json").read_text()
+    with pytest.raises(Missing):
+        await server.engine.apply(wanted)
+    assert (server.folder / "accounts.json").read_text() == before
+    await server.admin(f"DROP USER IF EXISTS {target.name}")
+    with pytest.raises(Missing):
+        await server.engine.apply(wanted)
+    assert await server.engine.names(target.name) == set()
+    assert await server.engine.apply(replace(wanted, exists=False)) == ("the database",)
+
+
+async def test_database_that_is_there(server: Server, target: Target) -> None:
+    """A database that was to be there and is gets its limits, and its user back if he was dropped."""
+    wanted = replace(target, exists=True)
+    assert await server.engine.apply(wanted) == ()
+    assert await server.engine.apply(replace(wanted, connections=7)) == ("the connection limit",)
+    await server.admin(f"DROP USER IF EXISTS {target.name}")
+    assert await server.engine.apply(wanted) == ("the user",)
+    assert await server.opens(target)
+
+
+async def test_stolen_password(server: Server, target: Target) -> None:
+    """Who changed the password behind our back loses what he runs when ours is put back."""
+    stolen = f"IDENTIFIED WITH sha256_hash BY '{sha256(b'stolenaa').hexdigest()}' SALT 'aa'"
+    await server.admin(f"ALTER USER {target.name} {stolen}")
+    thief = replace(target, password="stolen")
+    assert await server.tenant(thief, "SELECT 2") == "2"  # so that the engine runs already
+    running = asyncio.create_task(server.tenant(thief, LONG_QUERY))
+    assert await eventually(lambda: _running(server, target))
+    assert await server.engine.apply(target) == ("the password",)
+    with pytest.raises((Wrong, httpx2.TransportError)):
+        await asyncio.wait_for(running, 10)
+    assert not await server.opens(thief)
 
 
 async def test_resume_after_crash(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,8 +60,8 @@ async def test_real_system_tables(tmp_path: Path) -> None:
     grants = {"default": "GRANT ALL ON *.*", "db_1": await _grant_of("db_1")}
     queries = [clickhouse._LOOK, clickhouse._OBSERVE, clickhouse._NAMES]  # noqa: SLF001
     answers = await _run_chdb(tmp_path, grants, ["CREATE DATABASE db_1", *queries])
-    look, observe, names = map(json.loads, answers[1:])
-    found = clickhouse._found(look)  # noqa: SLF001
+    found = clickhouse._found(answers[1])  # noqa: SLF001
+    observe, names = map(json.loads, answers[2:])
     # Only SQL users, which chDB lacks, have settings of their own.
     assert found.differences(_TARGET) == {"the connection limit", "the memory limit"}
     assert observe == {"databases": 1, "users": [1], "connections": 0, "size": None}

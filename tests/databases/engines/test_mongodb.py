@@ -185,6 +185,30 @@ async def test_new_password(cluster: Cluster, target: Target, tenant: Client) ->
     assert await cluster.answers(changed)
 
 
+async def test_stolen_password(cluster: Cluster, admin: Client, target: Target) -> None:
+    """Who changed the password behind our back is cut off when ours is put back."""
+    await admin[target.name].command("updateUser", target.name, pwd="stolen")
+    async with cluster.tenant(replace(target, password="stolen")) as thief:
+        await thief[target.name]["notes"].insert_one({})
+        assert await cluster.engine.apply(target) == ("the password",)
+        with pytest.raises(PyMongoError):
+            await thief[target.name]["notes"].find_one()
+    assert not await cluster.answers(replace(target, password="stolen"))
+
+
+@pytest.mark.parametrize("documents", [0, 1])
+async def test_lost_user(cluster: Cluster, admin: Client, target: Target, tenant: Client, documents: int) -> None:
+    """The user of a database that was to be there comes back, with what data there is, and is never called new."""
+    await tenant[target.name]["notes"].insert_one({})
+    await admin[target.name].command("dropUser", target.name)
+    if not documents:
+        await admin.drop_database(target.name)
+    assert await cluster.engine.apply(replace(target, exists=True)) == ("the user",)
+    assert await cluster.engine.apply(replace(target, exists=True)) == ()
+    async with cluster.tenant(target) as client:
+        assert await client[target.name]["notes"].count_documents({}) == documents
+
+
 async def test_drop(cluster: Cluster, admin: Client, target: Target, tenant: Client) -> None:
     """Drop ends open sessions, removes database, users and roles, and may be repeated."""
     await tenant[target.name]["notes"].insert_one({})
@@ -261,13 +285,14 @@ async def _finishes(cluster: Cluster, commands: int, action: Callable[[MongoDB],
 
 
 async def test_busy(cluster: Cluster, admin: Client, target: Target) -> None:
-    """While another worker holds the database's lock, apply and drop are refused and change nothing."""
+    """While another worker holds the database's lock, a change or a drop is refused; a look needs no lock."""
     locks = admin["controlplane"]["locks"]
     await locks.insert_one({"_id": target.name, "owner": "another", "until": 2**60})
     with pytest.raises(Busy):
         await cluster.engine.apply(replace(target, password="n3w"))
     with pytest.raises(Busy):
         await cluster.engine.drop(target.name)
+    assert await cluster.engine.apply(target) == ()
     assert await cluster.answers(target)
     await locks.delete_one({"_id": target.name})
 

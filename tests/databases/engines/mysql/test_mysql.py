@@ -14,7 +14,7 @@ from pathlib import Path
 import pymysql
 import pytest
 
-from controlplane.databases.engines.engine import Busy, ClusterUnavailable, EngineError, Target
+from controlplane.databases.engines.engine import Busy, ClusterUnavailable, EngineError, Missing, Target
 from controlplane.databases.engines.mysql import MySQL
 from tests.databases.engines.mysql.cluster import Cluster, Session, dumped, new_target, pieces, run
 from tests.stack import eventually
@@ -112,6 +112,31 @@ async def test_dropped_database(cluster: Cluster, target: Target) -> None:
     with cluster.tenant(target) as tenant:
         run(tenant, f"DROP DATABASE {target.name}")
     assert await cluster.engine.apply(target) == ("the database",)
+    assert cluster.answers(target)
+
+
+async def test_lost_database(cluster: Cluster, admin: Session, target: Target) -> None:
+    """A database that was to be there and is not is missed, with or without its user, and nothing is changed."""
+    wanted = replace(target, exists=True, connections=7)
+    before = _state(admin, target.name)
+    run(admin, f"DROP DATABASE {target.name}")
+    with pytest.raises(Missing):
+        await cluster.engine.apply(wanted)
+    assert _state(admin, target.name) == before
+    run(admin, f"DROP USER {target.name}")
+    with pytest.raises(Missing):
+        await cluster.engine.apply(wanted)
+    assert await cluster.engine.names(target.name) == set()
+    assert await cluster.engine.apply(replace(wanted, exists=False)) == ("the database",)
+
+
+async def test_database_that_is_there(cluster: Cluster, admin: Session, target: Target) -> None:
+    """A database that was to be there and is gets its limits, and its user back if he was dropped."""
+    wanted = replace(target, exists=True)
+    assert await cluster.engine.apply(wanted) == ()
+    assert await cluster.engine.apply(replace(wanted, connections=7)) == ("the connection limit",)
+    run(admin, f"DROP USER {target.name}")
+    assert await cluster.engine.apply(wanted) == ("the user",)
     assert cluster.answers(target)
 
 
@@ -246,6 +271,16 @@ async def test_new_password(cluster: Cluster, target: Target) -> None:
     assert cluster.answers(changed)
 
 
+async def test_stolen_password(cluster: Cluster, target: Target) -> None:
+    """Who changed the password behind our back, as a tenant can, loses his session when ours is put back."""
+    with cluster.tenant(target) as tenant:
+        run(tenant, "SET PASSWORD = PASSWORD('stolen')")
+    with cluster.tenant(replace(target, password="stolen")) as thief:
+        assert await cluster.engine.apply(target) == ("the password",)
+        assert not _is_alive(thief)
+    assert not cluster.answers(replace(target, password="stolen"))
+
+
 async def test_drop(cluster: Cluster, admin: Session) -> None:
     """Drop ends open sessions and dumps, removes database and all users of its name, and may be repeated."""
     target = new_target()
@@ -284,10 +319,17 @@ async def test_names(cluster: Cluster, admin: Session, target: Target, other: Ta
     assert await cluster.engine.names(target.name.upper()) == set()
 
 
-async def test_crash_of_apply(cluster: Cluster) -> None:
-    """After whichever statement the line breaks, another apply finishes the work."""
+@pytest.mark.parametrize("begun", ["nothing", "another password", "a second user"])
+async def test_crash_of_apply(cluster: Cluster, admin: Session, begun: str) -> None:
+    """After whichever statement the line breaks, another apply finishes the work, and no old session goes on."""
     for after in range(1, 100):
-        target = new_target()
+        target, session = new_target(), None
+        if begun != "nothing":
+            old = target if begun == "a second user" else replace(target, password="old")
+            await cluster.engine.apply(old)
+            if begun == "a second user":
+                run(admin, f"CREATE USER {target.name}@localhost")
+            session = cluster.tenant(old)
         async with cluster.line_that_breaks(after=after) as port:
             try:
                 await cluster.with_operator(port=port).apply(target)
@@ -297,6 +339,7 @@ async def test_crash_of_apply(cluster: Cluster) -> None:
         await _when_not_busy(lambda target=target: cluster.engine.apply(target))  # type: ignore[misc]
         assert cluster.answers(target)
         assert await cluster.engine.apply(target) == ()
+        assert session is None or not _is_alive(session)
         await cluster.engine.drop(target.name)
         if finished:
             assert after > 10
@@ -460,6 +503,7 @@ async def test_statements_hold_no_password(cluster: Cluster, admin: Session, fol
     target = new_target()
     await cluster.engine.apply(target)
     await cluster.engine.apply(replace(target, password="an0ther"))
+    await cluster.engine.apply(replace(target, password="an0ther", connections=9))
     data, _ = await dumped(cluster.engine, target.name)
     await cluster.engine.restore(target.name, "an0ther", pieces(data))
     await cluster.engine.drop(target.name)
