@@ -7,6 +7,7 @@ import signal
 import struct
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -238,3 +239,16 @@ async def test_unknown_statement(server: Server) -> None:
     for sql in ("CREATE USER x", "GRANT ALL ON *.* TO default", "ALTER USER nobody HOST NONE", "SYSTEM SHUTDOWN"):
         with pytest.raises(Wrong, match=r"does not know|no user"):
             await server.admin(sql)
+
+
+async def test_many_databases(server: Server) -> None:
+    """The admin finds each of forty databases, and all of them by what their names begin with."""
+    targets = [replace(new_target(), name=f"many_{number:03}") for number in range(40)]
+    for target in targets:
+        assert await server.engine.apply(target) == ("the database",)
+    assert await server.engine.apply(targets[0]) == ()
+    assert await server.engine.names("many_") == {target.name for target in targets}
+    assert await server.engine.names("many_00") == {f"many_00{number}" for number in range(10)}
+    for target in targets:
+        await server.engine.drop(target.name)
+    assert await server.engine.names("many_") == set()

@@ -60,11 +60,15 @@ class Accounts:
                 return found["name"]
         raise NotUnderstood(f"The embedded ClickHouse does not know this statement: {text[:100]}")
 
-    def system_table(self, name: str, sizes: dict[str, int], running: dict[str, int]) -> str | None:
-        """Return a `system` table as a table function, with the columns that the driver reads; None for another."""
+    def system_table(self, name: str, about: str, sizes: dict[str, int], running: dict[str, int]) -> str | None:
+        """Return a `system` table as a table function, with the columns that the driver reads; None for another.
+
+        It has the rows of the databases and users whose names begin with `about`.
+        """
         rows: list[dict[str, object]]
+        users = {user_name: user for user_name, user in self.users.items() if user_name.startswith(about)}
         if name == "databases":
-            rows = [{"name": database} for database in self.databases]
+            rows = [{"name": database} for database in self.databases if database.startswith(about)]
         elif name == "tables":
             rows = [{"database": database, "total_bytes": size} for database, size in sizes.items()]
         elif name == "users":
@@ -75,7 +79,7 @@ class Accounts:
                     "host_ip": ["::/0"] if user.host == "ANY" else [],
                     "default_database": user.database,
                 }
-                for user_name, user in self.users.items()
+                for user_name, user in users.items()
             ]
         elif name == "settings_profile_elements":
             rows = [
@@ -85,15 +89,12 @@ class Accounts:
                     "value": words.split()[0],
                     "writability": _writability(words),
                 }
-                for user_name, user in self.users.items()
+                for user_name, user in users.items()
                 for key, words in user.settings.items()
             ]
         elif name == "grants":
             rows = [
-                row
-                for user_name, user in self.users.items()
-                for grant in user.grants
-                for row in _rows(user_name, grant)
+                row for user_name, user in users.items() for grant in user.grants for row in _rows(user_name, grant)
             ]
         elif name == "processes":
             rows = [{"user": user_name} for user_name, count in running.items() for _ in range(count)]

@@ -149,10 +149,12 @@ class Gateway:
             # The driver looks at one database: what all of them take would be long to count.
             name = parameters.get("param_name", "")
             sizes = {name: await asyncio.to_thread(self._size, name)} if name in self._accounts.databases else {}
-            parameters["query"] = _SYSTEM_TABLE.sub(
-                lambda found: self._accounts.system_table(found[1], sizes, self._running) or found[0], sql
+            # With the rows that are asked for: those of all users would soon be too many.
+            about = name or parameters.get("param_prefix", "")
+            sql = _SYSTEM_TABLE.sub(
+                lambda found: self._accounts.system_table(found[1], about, sizes, self._running) or found[0], sql
             )
-            await self._pass_on(_SYSTEM, parameters, headers, receive, send, has_body=False)
+            await self._pass_on(_SYSTEM, parameters, headers, receive, send, body=_whole(sql.encode()))
         else:
             await self._change(sql, send)
 
@@ -182,10 +184,13 @@ class Gateway:
         send: Send,
         *,
         account: User | None = None,
-        has_body: bool = True,
+        body: AsyncIterator[bytes] | None = None,
     ) -> None:
-        """Let an engine answer, piece by piece. Its broken connection breaks ours, and the caller's breaks its."""
-        body = body_of(receive) if has_body else _nothing()
+        """Let an engine answer, piece by piece. Its broken connection breaks ours, and the caller's breaks its.
+
+        It gets the request's own body unless it is to get another.
+        """
+        body = body_of(receive) if body is None else body
         kept = {key: value for key, value in parameters.items() if key not in {"user", "password"}}
         wanted = {key: value for key, value in headers.items() if key in _PASSED_ON}
         begun = asyncio.Event()
@@ -303,8 +308,8 @@ async def _marked(body: AsyncIterator[bytes], read: asyncio.Event) -> AsyncItera
     read.set()
 
 
-async def _nothing() -> AsyncIterator[bytes]:
-    yield b""
+async def _whole(content: bytes) -> AsyncIterator[bytes]:
+    yield content
 
 
 def _credentials(parameters: dict[str, str], headers: dict[str, str]) -> tuple[str, str]:
