@@ -3,6 +3,7 @@
 import asyncio
 import os
 import sys
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,7 +31,7 @@ from controlplane.backups.storage import storage_at
 from controlplane.catalog.model import Catalog, CatalogError
 from controlplane.clock import SystemClock
 from controlplane.databases.clusters import open_clusters
-from controlplane.doctor import Difference, count_rows, differences
+from controlplane.doctor import Difference, Doctor, Kind
 from controlplane.keys import KeyFileError, Keys
 from controlplane.local.postgres import EmbeddedPostgresError
 from controlplane.migrations import head as newest_revision
@@ -41,6 +42,7 @@ from controlplane.settings import Settings
 from controlplane.sql import Store
 
 T = TypeVar("T")
+_SECONDS_OF_SILENCE = 2.0
 _SECRET_SETTINGS = {"backup_secret_key", "database_url", "oidc_client_secret", "valkey_url"}
 
 
@@ -72,7 +74,7 @@ def commands() -> None:
 
 @commands.command()
 def up() -> None:
-    """Start everything in the foreground: PostgreSQL, the server and Envoy. Ctrl-C stops all of it."""
+    """Start everything in the foreground: the database engines, the server and Envoy. Ctrl-C stops all of it."""
     from controlplane.local.supervisor import supervise  # noqa: PLC0415 - `serve` needs none of what it brings
 
     settings = _settings()
@@ -97,15 +99,31 @@ def migrate() -> None:
 
 @commands.command()
 def doctor() -> None:
-    """Say where what is there differs from what should be: databases, backups, counters. Nothing is changed."""
-    found, looked_at = asyncio.run(_examine(_settings()))
-    for each in found:
-        click.echo(f"{click.style(each.where, bold=True)} {each.what}\n    {each.outlook}")
-    counted = " and ".join(f"{count} {kind}" for kind, count in looked_at.items())
+    """Say where what is there differs from what should be: databases, backups, counters. Nothing is changed.
+
+    It ends with 1 if anything does. What is under way is not counted; the server may be running.
+    """
+    begun = time.monotonic()
+    settings = _settings()
+    logs.configure(settings)
+    url = make_url(settings.storage_url)
+    if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():  # it would be made now
+        raise StartError(f"{url.database} is not there: start the server first, or set HTX_DATA_DIR to its folder.")
+    found, looked_at = asyncio.run(_examine(settings))
+    for kind in Kind:
+        if lines := [each for each in found if each.kind == kind]:
+            click.echo(click.style(kind, bold=True))
+            width = max(len(each.where) for each in lines)
+            for each in lines:
+                click.echo(f"    {each.where:<{width}}  {each.what}")
+            click.echo()
+    number = f"{len(found)} difference{'s' * (len(found) != 1)}" if found else "All is as it should be"
+    counted = ", ".join(
+        f"{count} {kind if count != 1 else kind.removesuffix('s')}" for kind, count in looked_at.items()
+    )
+    click.echo(f"{number}: looked at {counted}, in {time.monotonic() - begun:.1f} s.")
     if found:
-        click.echo(f"{len(found)} differences; looked at {counted}.")
         sys.exit(1)
-    click.echo(f"All is as it should be: looked at {counted}.")
 
 
 @commands.command()
@@ -234,15 +252,29 @@ def check_catalog(file: Path) -> None:
 
 
 async def _examine(settings: Settings) -> tuple[list[Difference], dict[str, int]]:
+    """Return what is wrong, and how much was looked at."""
     engines = open_clusters(Catalog.load(settings.catalog), settings)
-    storage = storage_at(
-        settings.backup_storage_url, access_key=settings.backup_access_key, secret_key=settings.backup_secret_key
-    )
+    try:
+        storage = storage_at(
+            settings.backup_storage_url, access_key=settings.backup_access_key, secret_key=settings.backup_secret_key
+        )
+    except ValueError as error:
+        raise StartError(str(error)) from None
     store = Store(settings.storage_url)
     try:
         await _check_schema(store)
-        found = [each async for each in differences(store, engines, storage, now=SystemClock().now())]
-        return found, await count_rows(store)
+        told = time.monotonic()
+
+        def progress(done: int) -> None:
+            nonlocal told
+            if time.monotonic() - told > _SECONDS_OF_SILENCE:
+                told = time.monotonic()
+                click.echo(f"{done} of {sum(looked_at.values())} looked at", err=True)
+
+        examination = Doctor(store=store, engines=engines, storage=storage, progress=progress)
+        looked_at = await examination.count()
+        found = [each async for each in examination.differences(now=SystemClock().now())]
+        return found, {"clusters": len(engines), **looked_at}
     finally:
         await store.close()
 
