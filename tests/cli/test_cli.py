@@ -22,7 +22,7 @@ async def test_help_tells_each_command(run: Run) -> None:
     )
     assert [ended.status for ended in (top, account, create, version)] == [0] * 4
     assert version.output == f"controlplane, version {__version__}\n"
-    for command in ("up", "serve", "migrate", "settings", "account", "audit", "catalog"):
+    for command in ("up", "serve", "migrate", "doctor", "settings", "account", "audit", "catalog"):
         assert f"\n  {command} " in top.output
     for command in ("create", "list", "set-plan", "disable", "enable"):
         assert f"\n  {command} " in account.output
