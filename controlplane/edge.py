@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from controlplane.api.v1 import access_pb2
 from controlplane.rpc.contract import Rpc, rpcs
-from controlplane.settings import Settings
+from controlplane.settings import HEALTH_CHECK_EVERY, HEALTH_CHECK_PATIENCE, Settings
 
 _VARIABLE = re.compile(r"\{(\w+)\}")
 
@@ -24,15 +24,23 @@ def main() -> None:
     """Print the configuration for a container, whatever this machine, its user and its variables are like."""
     # Not Settings(), which would read the variables.
     settings = Settings.model_construct(data_dir=Path("/var/lib/htx"), http_host="0.0.0.0")  # noqa: S104
-    sys.stdout.write(_render(settings, [settings.server_socket], Path("/etc/htx/envoy/transcoder.binpb")))
+    sys.stdout.write(_render(settings, Path("/etc/htx/envoy/transcoder.binpb")))
 
 
-def render(settings: Settings, *, sockets: Sequence[Path] | None = None) -> str:
-    """Return Envoy's configuration (YAML).
+def write(settings: Settings) -> Path:
+    """Write what Envoy starts with into the run folder; return the configuration's path."""
+    settings.run_dir.mkdir(parents=True, exist_ok=True)
+    if settings.tls_cert is not None and settings.tls_key is not None:
+        certificate = render_certificate(settings.tls_cert, settings.tls_key)
+        (settings.run_dir / "edge-certificate.json").write_text(certificate)
+    config = settings.run_dir / "envoy.yaml"
+    config.write_text(render(settings))
+    return config
 
-    `sockets` are the Unix sockets of the servers, at least one; that of the settings when None.
-    """
-    return _render(settings, sockets or [settings.server_socket], _folder() / "transcoder.binpb")
+
+def render(settings: Settings) -> str:
+    """Return Envoy's configuration (YAML)."""
+    return _render(settings, _folder() / "transcoder.binpb")
 
 
 def render_certificate(cert: Path, key: Path) -> str:
@@ -49,7 +57,7 @@ def render_certificate(cert: Path, key: Path) -> str:
     return json.dumps({"resources": [{"@type": kind, "name": "certificate", "tls_certificate": certificate}]})
 
 
-def _render(settings: Settings, sockets: Sequence[Path], transcoder: Path) -> str:
+def _render(settings: Settings, transcoder: Path) -> str:
     jinja = Environment(  # noqa: S701  # this is YAML for Envoy and no page for a browser
         loader=FileSystemLoader(_folder()),
         undefined=StrictUndefined,
@@ -60,7 +68,9 @@ def _render(settings: Settings, sockets: Sequence[Path], transcoder: Path) -> st
     contract = rpcs().values()
     return jinja.get_template("envoy.yaml.in").render(
         settings=settings,
-        sockets=sockets,
+        sockets=settings.server_sockets,
+        health_check_every=HEALTH_CHECK_EVERY,
+        health_check_patience=HEALTH_CHECK_PATIENCE,
         transcoder=transcoder,
         package=access_pb2.DESCRIPTOR.package,
         services=sorted({rpc.service for rpc in contract}),

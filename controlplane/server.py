@@ -3,7 +3,10 @@
 import asyncio
 import os
 import signal
+import socket
 from collections.abc import Awaitable, Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
 
 import grpc
 import structlog
@@ -37,13 +40,16 @@ from controlplane.audit.service import AuditService
 from controlplane.backups.provisioner import BackupProvisioner
 from controlplane.backups.service import BackupService
 from controlplane.backups.storage import BackupStorage, storage_at
+from controlplane.backups.vault import Vault
 from controlplane.catalog.model import Catalog, CatalogError
 from controlplane.catalog.service import CatalogService
 from controlplane.clock import Clock, SystemClock
 from controlplane.databases.clusters import open_clusters
 from controlplane.databases.engines.engine import Engine
+from controlplane.databases.orders import DatabaseOrders
 from controlplane.databases.provisioner import DatabaseProvisioner
 from controlplane.databases.service import DatabaseService
+from controlplane.databases.sweep import Sweep
 from controlplane.events.feed import Feed
 from controlplane.events.service import EventService
 from controlplane.functions.service import FunctionService
@@ -59,7 +65,7 @@ from controlplane.rpc.idempotency import Idempotency
 from controlplane.sessions.oidc import OidcLogin
 from controlplane.sessions.service import SessionService
 from controlplane.sessions.throttle import LoginThrottle
-from controlplane.settings import Settings
+from controlplane.settings import HEALTH_CHECK_EVERY, HEALTH_CHECK_PATIENCE, Settings
 from controlplane.sql import Store
 from controlplane.tokens.expiry import end_what_is_over
 from controlplane.tokens.service import TokenService
@@ -67,7 +73,10 @@ from controlplane.tokens.service import TokenService
 _READY_EVERY = 1.0
 _RECORD_EVERY = 1.0
 _FORGET_EVERY = 3600.0
+_SWEEP_EVERY = 600.0
 _GRACE = 10.0
+# Asked just before we said that we stop, the edge asks again after the one, and has the answer within the other.
+_SECONDS_TO_BE_SEEN = float(HEALTH_CHECK_EVERY + HEALTH_CHECK_PATIENCE)
 _METADATA_LIMIT = 64 * 1024
 _OPTIONS = [
     ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a partner
@@ -94,14 +103,17 @@ class Server:
     ) -> None:
         clock = clock or SystemClock()
         self.settings = settings
-        self.catalog = Catalog.load(settings.catalog)
+        catalog = Catalog.load(settings.catalog)
+        engines = _open_clusters(catalog, settings) if engines is None else engines
+        self.catalog = catalog.with_clusters(engines)
         self.keys = Keys.load(settings.keys_path)
         self.store = Store(settings.storage_url)
         self.metrics = new_metrics()
         self._traces = Traces()
-        engines = _open_clusters(self.catalog, settings) if engines is None else engines
         store, catalog, keys = self.store, self.catalog, self.keys
         storage = _open_storage(settings)
+        vault = Vault(keys=keys, storage=storage)
+        orders = DatabaseOrders(catalog=catalog, keys=keys, clock=clock)
         self._clock = clock
         self.audit = AuditLog(store=store, keys=keys, clock=clock)
         self.uses = Uses(store=store, clock=clock)
@@ -113,9 +125,33 @@ class Server:
             feed=self._feed,
             metrics=self.metrics,
             provisioners=(
-                DatabaseProvisioner(store=store, catalog=catalog, keys=keys, engines=engines),
-                BackupProvisioner(store=store, clock=clock, keys=keys, engines=engines, storage=storage),
+                DatabaseProvisioner(
+                    store=store,
+                    clock=clock,
+                    catalog=catalog,
+                    keys=keys,
+                    engines=engines,
+                    vault=vault,
+                    feed=self._feed,
+                    look_every=timedelta(seconds=settings.look_every),
+                ),
+                BackupProvisioner(
+                    store=store,
+                    clock=clock,
+                    catalog=catalog,
+                    engines=engines,
+                    vault=vault,
+                    verify_after=timedelta(seconds=settings.verify_after),
+                ),
             ),
+        )
+        self._sweep = Sweep(
+            store=store,
+            clock=clock,
+            engines=engines,
+            storage=storage,
+            metrics=self.metrics,
+            grace=timedelta(seconds=settings.orphan_grace),
         )
         wake = self.reconciler.wake
         self._access = AccessInterceptor(
@@ -138,11 +174,13 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         # The resources. A new one is a line here.
         databases_pb2_grpc.add_DatabaseServiceServicer_to_server(
-            DatabaseService(store=store, catalog=catalog, keys=keys, clock=clock, engines=engines, wake=wake),
+            DatabaseService(
+                store=store, catalog=catalog, keys=keys, clock=clock, engines=engines, orders=orders, wake=wake
+            ),
             self._grpc,
         )
         backups_pb2_grpc.add_BackupServiceServicer_to_server(
-            BackupService(store=store, catalog=catalog, clock=clock, wake=wake), self._grpc
+            BackupService(store=store, catalog=catalog, clock=clock, orders=orders, wake=wake), self._grpc
         )
         functions_pb2_grpc.add_FunctionServiceServicer_to_server(FunctionService(), self._grpc)
         proxies_pb2_grpc.add_ProxyServiceServicer_to_server(ProxyService(), self._grpc)
@@ -188,6 +226,7 @@ class Server:
             asyncio.create_task(_repeat(self.audit.flush, every=_RECORD_EVERY)),
             asyncio.create_task(_repeat(self._look_after_tokens, every=FLUSH_EVERY)),
             asyncio.create_task(_repeat(self._feed.forget_old, every=_FORGET_EVERY)),
+            asyncio.create_task(_repeat(self._sweep.run, every=_SWEEP_EVERY)),
         ]
         if not (self.store.is_sqlite or self.settings.valkey_url):
             _log.warning("rates are counted by this server alone: set HTX_VALKEY_URL if there are several servers")
@@ -208,12 +247,10 @@ class Server:
     async def stop(self) -> None:
         """Tell the edge to send nothing more, finish what is running, hand leases back, and close."""
         await self._health.enter_graceful_shutdown()
-        self._feed.close()
+        # Leases go back while requests are still answered: other servers look for due rows every second.
+        await asyncio.gather(self._stop_serving(), self.reconciler.stop())
         for task in self._background:
             task.cancel()
-        await self._grpc.stop(_GRACE)
-        await self._access.finish()
-        await self.reconciler.stop()
         for flush in (self.audit.flush, self.uses.flush):
             await _try(flush)
         if self._oidc is not None:
@@ -222,14 +259,26 @@ class Server:
         await self.store.close()
         self._traces.close()
 
+    async def _stop_serving(self) -> None:
+        # What the edge sends until it has seen that we stop is answered; without others there is nowhere else to go,
+        # and the sooner we are back, the better.
+        if len(self.settings.server_sockets) > 1:
+            await asyncio.sleep(_SECONDS_TO_BE_SEEN)
+        self._feed.close()  # not before: who waits would come back to us at once, again and again
+        await self._grpc.stop(_GRACE)
+        await self._access.finish()
+
     def _listen(self) -> None:
-        # The port first: it is refused while another server runs, whose socket the second step would take away.
         self._add_port(f"{self.settings.grpc_host}:{self.settings.grpc_port}", "HTX_GRPC_PORT")
-        socket = self.settings.server_socket
-        socket.parent.mkdir(parents=True, exist_ok=True)
+        path = self.settings.server_socket
+        if path not in self.settings.server_sockets:
+            raise StartError(f"The edge would send nothing to {path}: set HTX_SOCKET to one of HTX_SERVERS.")
+        if _is_served(path):
+            raise StartError(f"Another server listens on {path}: set HTX_SOCKET, or HTX_DATA_DIR.")
+        path.parent.mkdir(parents=True, exist_ok=True)
         mask = os.umask(0o117)  # the socket is made here: for its owner and group only
         try:
-            self._add_port(f"unix:{socket}", "HTX_DATA_DIR")
+            self._add_port(f"unix:{path}", "HTX_SOCKET")
         finally:
             os.umask(mask)
 
@@ -263,6 +312,12 @@ class Server:
             for service in self._services:
                 await self._health.set(service, status)
             await asyncio.sleep(_READY_EVERY)
+
+
+def _is_served(path: Path) -> bool:
+    """Tell whether somebody listens on a Unix socket, which gRPC would take away without asking."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
 
 
 async def _repeat(work: Callable[[], Awaitable[None]], *, every: float) -> None:

@@ -12,6 +12,10 @@ _LONGEST_SOCKET = "run/postgres/.s.PGSQL.65535.lock"
 _SOCKET_PATH_LIMIT = 107
 _STORAGES = ("sqlite+aiosqlite:///", "postgresql+asyncpg://")
 
+# The edge asks each server so often whether it is ready, and waits so long for the answer (seconds).
+HEALTH_CHECK_EVERY = 1
+HEALTH_CHECK_PATIENCE = 2
+
 
 def _default_data_dir() -> Path:
     """Return /var/lib/htx for root, as the FHS has it, else the XDG data folder of the user."""
@@ -44,6 +48,15 @@ class Settings(BaseSettings):
     )
     backup_access_key: str = Field(default="", description="The access key of the bucket.")
     backup_secret_key: str = Field(default="", description="The secret key of the bucket.")
+    verify_after: int = Field(
+        default=900, ge=0, description="Seconds after which a new backup is restored aside, to see whether it can be."
+    )
+    orphan_grace: int = Field(
+        default=86_400, ge=0, description="Seconds for which what no row owns is left alone, once it was seen."
+    )
+    look_every: int = Field(
+        default=300, ge=1, description="Seconds between two looks at whether a database still is as ordered."
+    )
     valkey_url: str = Field(
         default="",
         description="A Valkey or Redis that several servers count limits in together: valkey://, valkeys://, unix://; "
@@ -73,11 +86,21 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(default=65536, ge=1024, description="The largest request body that is accepted.")
     upstream_timeout: int = Field(default=15, ge=1, description="Seconds before the edge answers 504.")
 
+    socket: Path | None = Field(
+        default=None,
+        description="The Unix socket on which the server takes the edge's requests; one in the data folder when empty.",
+    )
+    servers: str = Field(
+        default="",
+        description="The sockets of all servers behind the edge, with commas between; this server's alone when empty.",
+    )
     grpc_host: str = Field(default="127.0.0.1", description="Address of the internal gRPC port.")
     grpc_port: int = Field(default=50051, ge=1, le=65535, description="The internal gRPC port.")
     metrics_port: int = Field(default=9464, ge=1, le=65535, description="Prometheus metrics of the server (loopback).")
     edge_metrics_port: int = Field(default=9901, ge=1, le=65535, description="Prometheus metrics of Envoy (loopback).")
     postgres_port: int = Field(default=15432, ge=1, le=65535, description="Port of the embedded PostgreSQL.")
+    mariadb_port: int = Field(default=13306, ge=1, le=65535, description="Port of the embedded MariaDB.")
+    clickhouse_port: int = Field(default=18123, ge=1, le=65535, description="Port of the embedded ClickHouse (HTTP).")
 
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least level logged.")
     log_format: Literal["auto", "human", "json"] = Field(
@@ -94,6 +117,10 @@ class Settings(BaseSettings):
             raise ValueError(f"HTX_DATABASE_URL must begin with {' or '.join(_STORAGES)}")
         if len(os.fsencode(self.data_dir.absolute() / _LONGEST_SOCKET)) > _SOCKET_PATH_LIMIT:
             raise ValueError(f"HTX_DATA_DIR: {self.data_dir} is too long a path for the Unix sockets inside it")
+        for path in (self.server_socket, *self.server_sockets):
+            if not path.is_absolute() or len(os.fsencode(path)) > _SOCKET_PATH_LIMIT:
+                wanted = f"absolute paths of at most {_SOCKET_PATH_LIMIT} bytes"
+                raise ValueError(f"HTX_SOCKET and HTX_SERVERS take {wanted}, not '{path}'")
         return self
 
     @classmethod
@@ -134,7 +161,12 @@ class Settings(BaseSettings):
     @property
     def server_socket(self) -> Path:
         """The Unix socket on which the server takes the edge's requests."""
-        return self.run_dir / "server.sock"
+        return self.socket or self.run_dir / "server.sock"
+
+    @property
+    def server_sockets(self) -> list[Path]:
+        """The Unix sockets of all servers behind the edge."""
+        return [Path(path.strip()) for path in self.servers.split(",")] if self.servers else [self.server_socket]
 
     @property
     def storage_url(self) -> str:

@@ -32,6 +32,7 @@ from controlplane.catalog.model import Catalog, CatalogError
 from controlplane.clock import SystemClock
 from controlplane.databases.clusters import open_clusters
 from controlplane.doctor import Difference, Doctor, Kind
+from controlplane.edge import write as write_edge
 from controlplane.keys import KeyFileError, Keys
 from controlplane.local.postgres import EmbeddedPostgresError
 from controlplane.migrations import head as newest_revision
@@ -88,6 +89,12 @@ def serve() -> None:
     settings = _settings()
     logs.configure(settings)
     uvloop.run(run(settings))
+
+
+@commands.command()
+def edge() -> None:
+    """Write Envoy's configuration for these settings into the run folder, and print its path."""
+    click.echo(write_edge(_settings()))
 
 
 @commands.command()

@@ -145,11 +145,7 @@ async def _envoy(settings: Settings) -> AsyncIterator[None]:
     Raises StartError when its port is taken.
     """
     _check_port(settings)
-    config = settings.run_dir / "envoy.yaml"
-    config.write_text(edge.render(settings))
-    if settings.tls_cert is not None and settings.tls_key is not None:
-        certificate = edge.render_certificate(settings.tls_cert, settings.tls_key)
-        (settings.run_dir / "edge-certificate.json").write_text(certificate)
+    config = edge.write(settings)
     logs = settings.data_dir / "logs"
     logs.mkdir(exist_ok=True)
     command = [

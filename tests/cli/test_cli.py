@@ -22,7 +22,7 @@ async def test_help_tells_each_command(run: Run) -> None:
     )
     assert [ended.status for ended in (top, account, create, version)] == [0] * 4
     assert version.output == f"controlplane, version {__version__}\n"
-    for command in ("up", "serve", "migrate", "doctor", "settings", "account", "audit", "catalog"):
+    for command in ("up", "serve", "edge", "migrate", "doctor", "settings", "account", "audit", "catalog"):
         assert f"\n  {command} " in top.output
     for command in ("create", "list", "set-plan", "disable", "enable"):
         assert f"\n  {command} " in account.output
@@ -123,6 +123,16 @@ async def test_settings_are_listed(run: Run, tmp_path: Path) -> None:
     for name, field in Settings.model_fields.items():
         assert any(line.startswith(f"HTX_{name.upper()}=") for line in lines)
         assert f"    {field.description}" in lines
+
+
+async def test_the_edge_is_configured_by_the_settings(run: Run, tmp_path: Path) -> None:
+    """`edge` writes what Envoy starts with, for the servers and ports of the settings, and prints where."""
+    servers = f"{tmp_path}/one.sock,{tmp_path}/two.sock"
+    written = await run("edge", HTX_HTTP_PORT=8127, HTX_SERVERS=servers)
+    assert written.status == 0, written.errors
+    config = Path(written.output.strip()).read_text()
+    assert "port_value: 8127" in config
+    assert f"{tmp_path}/two.sock" in config
 
 
 async def test_a_file_of_settings(run: Run, tmp_path: Path) -> None:

@@ -31,13 +31,14 @@ async def pair(
     folder = tmp_path_factory.mktemp("pair")
     cert, key = make_certificate(folder)
     http, https, metrics = free_ports(3)
-    settings = make_settings(folder, http, https, metrics, tls_cert=cert, tls_key=key, trusted_hops=1)
-    sockets = [settings.run_dir / "one.sock", settings.run_dir / "two.sock"]
+    sockets = [folder / "one.sock", folder / "two.sock"]
+    more = {"tls_cert": cert, "tls_key": key, "trusted_hops": 1, "servers": ",".join(map(str, sockets))}
+    settings = make_settings(folder, http, https, metrics, **more)
     servers = [Upstream(), Upstream()]
     for server, socket in zip(servers, sockets, strict=True):
         await server.start(socket)
     try:
-        async with running_envoy(settings, render(settings, sockets=sockets)) as edge:
+        async with running_envoy(settings, render(settings)) as edge:
             yield edge, servers, sockets
     finally:
         for server in servers:

@@ -156,12 +156,14 @@ async def test_logs_for_people(process: Process) -> None:
     assert process.log() == ""
 
 
-async def test_a_second_server_leaves_the_first_alone(process: Process) -> None:
-    """A server that finds its port taken ends, and the first one's socket for the edge still answers."""
+@pytest.mark.parametrize("taken", ["port", "socket"])
+async def test_a_second_server_leaves_the_first_alone(process: Process, taken: str) -> None:
+    """A server that finds its port or its socket taken ends, and the first one's socket for the edge still answers."""
     async with process.running():
+        port = process.grpc_port if taken == "port" else free_port()
         second = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "controlplane", "serve"),
-            env=environment(process.folder, HTX_GRPC_PORT=process.grpc_port, HTX_METRICS_PORT=free_port()),
+            env=environment(process.folder, HTX_GRPC_PORT=port, HTX_METRICS_PORT=free_port()),
             stderr=asyncio.subprocess.DEVNULL,
         )
         assert await asyncio.wait_for(second.wait(), 30) == 1
