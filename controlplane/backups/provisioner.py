@@ -122,7 +122,7 @@ class BackupProvisioner:
         """
         now = self._clock.now()
         newest = await self._store.fetch(_NEWEST, {"database_id": row.database_id})
-        is_newest = newest[0].id == row.id
+        is_newest = bool(newest) and newest[0].id == row.id  # none if it was ordered away meanwhile
         is_alive = database.deleted_at is None and database.state != DELETING
         if row.expires_at is not None and row.expires_at <= now:
             if not (is_newest and is_alive):
@@ -169,8 +169,6 @@ class BackupProvisioner:
     async def _retain(self, session: AsyncSession, row: Backup) -> None:
         """Order away the scheduled backups that are one too many, and the failed ones that this one makes up for."""
         database = await session.get_one(Database, row.database_id)
-        if database.backups_kept is None:
-            return
         scheduled = select(Backup).where(
             col(Backup.database_id) == row.database_id,
             col(Backup.trigger) == SCHEDULED,
@@ -179,7 +177,8 @@ class BackupProvisioner:
         kept = 0
         for backup in await session.scalars(scheduled.order_by(col(Backup.id).desc()).with_for_update()):
             kept += backup.state == COMPLETED
-            if backup.id < row.id and (backup.state == FAILED or kept > database.backups_kept):
+            too_many = database.backups_kept is not None and kept > database.backups_kept
+            if backup.id < row.id and (backup.state == FAILED or too_many):
                 order_deletion(backup, now=self._clock.now())
 
     def _engine_of(self, database: Database) -> Engine:

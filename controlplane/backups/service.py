@@ -110,9 +110,10 @@ class BackupService(backups_pb2_grpc.BackupServiceServicer):
         call = current()
         database, backup = await self._lock(call, request.name, request.id)
         etag.check_match(call, backup)
+        if database.state == DELETING and backup.state == COMPLETED:  # it was the one to undelete from
+            database.undelete_until = None
+            database.generation += 1  # or a step that has seen it would keep the row for it
         order_deletion(backup, now=self._clock.now())
-        if database.state == DELETING:
-            database.undelete_until = None  # it was the one to undelete from
         call.after_commit.append(self._wake)
         etag.show(call, backup)
         return to_proto(backup, database=database.name)

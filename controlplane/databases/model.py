@@ -91,7 +91,7 @@ def to_proto(database: Database) -> databases_pb2.Database:
     """Return the database as the API shows it."""
     return databases_pb2.Database(
         id=database.id,
-        name=database.name,
+        name=database.former_name or database.name,
         engine=database.engine,
         sku=database.sku,
         status=database.state,

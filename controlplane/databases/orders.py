@@ -115,6 +115,8 @@ class DatabaseOrders:
         cluster = await placement.place(call.session, self._catalog, engine=database.engine, region=database.region)
         days = database.backup_days_kept if backup.trigger == SCHEDULED else None
         backup.expires_at = backup.created_at + timedelta(days=days) if days else None
+        backup.generation += 1  # or a look that is under way could still end it
+        backup.observed_generation += 1
         database.name, database.former_name, database.deleted_at, database.undelete_until = name, None, None, None
         database.cluster_target = cluster.name
         database.restored_from = backup.id

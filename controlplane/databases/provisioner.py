@@ -105,7 +105,12 @@ class DatabaseProvisioner:
             for backup_id in await session.scalars(select(Backup.id).where(col(Backup.database_id) == row.id)):
                 await quota.release(session, resource_id=backup_id)  # kept for us to undelete, not for him to use
             await placement.leave(session, row.cluster_target)
-        elif isinstance(outcome, Settled) and outcome.state == READY and self._is_backup_due(row):
+        elif (
+            isinstance(outcome, Settled)
+            and outcome.state == READY
+            # As the step saw it: asked once more, a backup whose time has come since would be ordered twice.
+            and row.next_backup_at not in {None, outcome.values["next_backup_at"]}
+        ):
             await self._order_backup(session, row)
 
     async def _take(self, row: Database, engine: Engine) -> Outcome:

@@ -18,19 +18,21 @@ def check_schedule(schedule: str) -> str:
     """
     if schedule in {HOURLY, DAILY}:
         return schedule
-    if len(schedule.split()) != 5:  # noqa: PLR2004 - cronsim would take seconds too
+    fields = schedule.split()
+    if len(fields) != 5:  # noqa: PLR2004 - cronsim would take seconds too
         raise ValueError(f"must be '{HOURLY}', '{DAILY}', '{NONE}' or a cron expression such as '15 3 * * *', in UTC")
     try:
-        runs = CronSim(schedule, _SOME_DAY)
-        before = next(runs)
+        next(CronSim(schedule, _SOME_DAY))
     except (CronSimError, StopIteration) as error:
         raise ValueError(f"is no cron expression that ever comes: {error}".rstrip(": ")) from None
-    # The minutes and hours are the same on each day that counts, so two days show every gap.
-    until = before + timedelta(days=2)
+    # As if each day counted: two days in a row may be among them, and may be a long way off.
+    runs = CronSim(f"{fields[0]} {fields[1]} * * *", _SOME_DAY)
+    before = next(runs)
+    until = before + timedelta(days=1)
     for run in runs:
         if run - before < SHORTEST:
             raise ValueError(f"runs at {before:%H:%M} and at {run:%H:%M}: leave at least 15 minutes in between")
-        if run > until:
+        if run >= until:
             break
         before = run
     return schedule

@@ -164,7 +164,9 @@ class DatabaseService(databases_pb2_grpc.DatabaseServiceServicer):
 
         Raises NotFound, or Conflict until there is something to connect to.
         """
-        database = await self._read(current(), request.name)
+        call = current()
+        database = await self._read(call, request.name)
+        etag.show(call, database)
         password = self._keys.decrypt(database.password_sealed, bound_to=password_binding(database)).decode()
         return _connection(self._connect(database, password))
 
@@ -177,7 +179,10 @@ class DatabaseService(databases_pb2_grpc.DatabaseServiceServicer):
         """
         call = current()
         database = await self._lock(call, request.name)
-        connection = self._connect(database, self._orders.give_password(database))
+        password = self._orders.give_password(database)
+        # A password that was only tried would open nothing.
+        connection = self._connect(database, "" if request.validate_only else password)
+        call.target = database.id
         database.order_real(UPDATING, now=self._clock.now())
         self._ordered(call, database)
         return _connection(connection)

@@ -130,7 +130,7 @@ async def test_the_edge_is_configured_by_the_settings(run: Run, tmp_path: Path) 
     servers = f"{tmp_path}/one.sock,{tmp_path}/two.sock"
     written = await run("edge", HTX_HTTP_PORT=8127, HTX_SERVERS=servers)
     assert written.status == 0, written.errors
-    config = Path(written.output.strip()).read_text()
+    config = await asyncio.to_thread(Path(written.output.strip()).read_text)
     assert "port_value: 8127" in config
     assert f"{tmp_path}/two.sock" in config
 
