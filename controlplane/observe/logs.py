@@ -36,6 +36,6 @@ def configure(settings: Settings) -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=settings.log_level.upper(), force=True)
-    # Their own levels are for their authors: one line per migration or statement says nothing to an operator.
-    for name in ("alembic", "sqlalchemy.engine", "aiosqlite", "asyncio"):
+    # Their own levels are for their authors: one line per migration, statement or request says nothing to an operator.
+    for name in ("alembic", "sqlalchemy.engine", "aiosqlite", "asyncio", "httpx2", "pymongo"):
         logging.getLogger(name).setLevel(logging.WARNING)

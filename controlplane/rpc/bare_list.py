@@ -21,6 +21,13 @@ def bare_list(response: Message, field: str) -> HttpBody:
 
 
 def _in_order(item: Message) -> dict[str, Any]:
-    """Return the item with its fields in the order of the proto; the library puts defaults last."""
+    """Return the item with its fields in the order of the proto, where the library puts defaults last.
+
+    A double that is a whole number is printed as one, as Envoy does it.
+    """
     printed = MessageToDict(item, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
-    return {field.name: printed[field.name] for field in item.DESCRIPTOR.fields if field.name in printed}
+    return {field.name: _whole(printed[field.name]) for field in item.DESCRIPTOR.fields if field.name in printed}
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value

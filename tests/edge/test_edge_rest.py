@@ -69,6 +69,19 @@ async def test_every_list_is_a_bare_array(rpc: Rpc, edge: Edge, upstream: Upstre
     assert len(items) == 1
 
 
+async def test_an_item_of_a_list_looks_as_it_does_alone(edge: Edge, upstream: Upstream) -> None:
+    """The same database, with every kind of field, is the same text in a list and by itself."""
+    item = databases_pb2.Database(id="db_1", name="ü", tags={"a": "b"}, size_bytes=4096, connections=0, generation=1)
+    item.created_at.FromJsonString("2026-01-02T03:04:05.678Z")
+    item.backup_retention.count = 7
+    upstream.answers["GetDatabase"] = answering(item)
+    upstream.answers["ListDatabases"] = answering(
+        bare_list(databases_pb2.ListDatabasesResponse(databases=[item]), "databases")
+    )
+    alone = (await edge.http.get(f"{DATABASES}/a")).text
+    assert (await edge.http.get(DATABASES)).text == f"[{alone}]"
+
+
 async def test_long_answers_are_compressed_and_those_with_secrets_are_not(edge: Edge, upstream: Upstream) -> None:
     """A list is compressed for a client that asks for it; a password never is."""
     items = [databases_pb2.Database(name=f"d{number}") for number in range(20)]
