@@ -29,8 +29,8 @@ def new_keys(*ids: str) -> Keys:
 KEYS = new_keys("k1")
 # Sealed by version 1 of the format, with a key of the bytes 0 to 31 and a salt of zeros.
 KEPT = (
-    "SFRYQgECazEAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAACgd+9duysVklZByBYoWgkaXWkYHtSt74QNHq2ERzsmTitcTpDAxf67jAAAA"
-    "ELOoODsSVEvOfLiUNJ+WvUI="
+    "SFRYQgECazEAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAACgd+9duysVklZByBYoWgkaXWkYHtSt74QOJVEahTL+lvgYQWIiPjhZA"
+    "AAAAENyclcRsuUj6ewd1Bl57Mmw="
 )
 
 

@@ -17,19 +17,11 @@ from urllib.parse import urlsplit
 import pytest
 
 from controlplane.backups.storage import BackupStorage, FolderStorage, StorageUnavailable, Written, storage_at
-from tests.backups.seaweed import ACCESS_KEY, SECRET_KEY, Seaweed, running
+from tests.backups.seaweed import ACCESS_KEY, SECRET_KEY, Seaweed
 from tests.stack import free_port
 
 MEGABYTE = 1024 * 1024
 NAME = "db_1/bk_1.htxb"
-
-
-@pytest.fixture(scope="session")
-async def seaweed(folder: Path) -> AsyncIterator[Seaweed]:
-    """The S3 server."""
-    (made := folder / "seaweed").mkdir()
-    async with running(made) as server:
-        yield server
 
 
 @pytest.fixture
