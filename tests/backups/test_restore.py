@@ -126,7 +126,7 @@ async def test_what_only_a_superuser_may_is_refused(
     backup = await back_up(customer, "analytics")
     copy = await object_name_of(stack, await order_restore(customer, backup, "copy"))
     failed = await customer.until("failed", f"{DATABASES}/copy")
-    assert "the database refused what is in it" in failed["progress"]["last_error"]
+    assert "The database refused what is in the backup" in failed["progress"]["last_error"]
     await delete(customer, "copy")
     assert await names_on(postgres, copy) == []
 

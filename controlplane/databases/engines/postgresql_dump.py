@@ -22,7 +22,18 @@ _CHUNK = 256 * 1024
 _MOST_ERRORS = 64 * 1024  # of what a program says
 
 # What a later try may mend: libpq's words, and the server's if it speaks English.
-_LATER = ("server closed the connection", "terminating connection", "statement timeout", "too many connections")
+_LATER = (
+    "connection to server",  # is refused, or it is starting; that the password is right was tried before
+    "server closed the connection",
+    "data from server",
+    "data to server",
+    "SSL SYSCALL error",
+    "terminating connection",
+    "statement timeout",
+    "too many connections",
+    "read-only transaction",
+    "No space left on device",
+)
 
 # The columns by name, as their order may be another once an inherited table is restored.
 _TABLES = """
@@ -143,7 +154,7 @@ async def run_pg_restore(program: Path, *, dsn: str, password: str, chunks: Asyn
     finally:
         errors.cancel()
         await _end(process)
-    _check(process, said, "The backup could not be restored: the database refused what is in it.")
+    _check(process, said, "The database refused what is in the backup.")
 
 
 async def lock_tables(connection: asyncpg.Connection) -> list[_Locked]:

@@ -18,6 +18,7 @@ TRY_LATER = (
     asyncpg.LockNotAvailableError,
     asyncpg.ObjectInUseError,
     asyncpg.TransactionRollbackError,
+    asyncpg.ReadOnlySQLTransactionError,  # as while another server takes over
     # When a customer drops or alters a table between our finding and our locking it.
     asyncpg.UndefinedTableError,
     asyncpg.UndefinedColumnError,
