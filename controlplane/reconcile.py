@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from typing import Any, Protocol, TypeVar
 
 import structlog
-from sqlalchemy import CursorResult, func, or_, update
+from sqlalchemy import CursorResult, Index, func, or_, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import Field, SQLModel, col, select
 
@@ -35,6 +35,7 @@ _LOOK_EVERY = 1.0  # seconds; for rows that another process ordered, and for the
 _BACKOFF_FIRST = 0.5
 _BACKOFF_LONGEST = 30.0
 _SECONDS_TO_STOP = 10.0
+_MOST_COUNTED = 1000
 _LEAST_SECONDS = 60.0  # what is past its deadline when the server comes back gets this one chance
 
 _log = structlog.get_logger("reconciler")
@@ -56,7 +57,7 @@ class Reconciled(SQLModel):
     waiting_on: str | None = None
     attempts: int = 0
     last_error: str | None = None
-    next_attempt_at: datetime | None = Field(default=None, sa_type=UtcDateTime, index=True)
+    next_attempt_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     deadline_at: datetime | None = Field(default=None, sa_type=UtcDateTime, index=True)
     lease_token: str | None = None
     lease_until: datetime | None = Field(default=None, sa_type=UtcDateTime)
@@ -73,6 +74,15 @@ class Reconciled(SQLModel):
         self.last_error = None
         self.next_attempt_at = now
         self.deadline_at = now + within
+
+
+def due_indexes(table: str) -> tuple[Index, Index]:
+    """Return the indexes by which the rows of a table that are due are found at once, however many there are."""
+    ordered, looked_at = text("waiting_on IS NOT NULL"), text("waiting_on IS NULL")
+    return (
+        Index(f"ix_{table}_ordered", "next_attempt_at", sqlite_where=ordered, postgresql_where=ordered),
+        Index(f"ix_{table}_looked_at", "next_attempt_at", sqlite_where=looked_at, postgresql_where=looked_at),
+    )
 
 
 def progress_of(row: Reconciled) -> progress_pb2.Progress | None:
@@ -206,15 +216,17 @@ class Reconciler:
                     await self._woken.wait()
 
     async def _start_due(self, provisioner: Provisioner[Any]) -> None:
-        """Start a step for each due row, as far as there is room."""
-        due = await self._count_due(provisioner)
-        while due and not self._stopping and list(self._running.values()).count(provisioner.kind) < provisioner.at_once:
-            row = await self._claim(provisioner)
-            if row is None:
-                return
-            task = asyncio.create_task(self._work(provisioner, row))
-            self._running[task] = provisioner.kind
-            task.add_done_callback(self._ended)
+        """Start a step for each due row, as far as there is room: what was ordered before what is looked at again."""
+        for is_ordered, due in await self._count_due(provisioner):
+            for _ in range(due):
+                if self._stopping or list(self._running.values()).count(provisioner.kind) >= provisioner.at_once:
+                    return
+                row = await self._claim(provisioner, is_ordered=is_ordered)
+                if row is None:
+                    break
+                task = asyncio.create_task(self._work(provisioner, row))
+                self._running[task] = provisioner.kind
+                task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         del self._running[task]
@@ -222,29 +234,32 @@ class Reconciler:
         if not task.cancelled() and task.exception() is not None:
             _log.error("a step's outcome could not be kept; its lease runs out", exc_info=task.exception())
 
-    async def _count_due(self, provisioner: Provisioner[Any]) -> int:
-        """Return how many rows are due, by a read, so that an idle server writes nothing; and tell the metrics."""
-        model, now = provisioner.model, self._clock.now()
-        overdue = select(func.count()).where(col(model.deadline_at) < now).scalar_subquery()
-        rows = await self._store.fetch(
-            select(func.count(), func.min(col(model.next_attempt_at)), overdue).where(*_is_due(model, now))
-        )
-        due, oldest, late = rows[0]
-        self._metrics.due.labels(provisioner.kind).set(due)
-        self._metrics.lag_seconds.labels(provisioner.kind).set((now - oldest).total_seconds() if oldest else 0)
-        self._metrics.overdue.labels(provisioner.kind).set(late)
-        return int(due)
+    async def _count_due(self, provisioner: Provisioner[Any]) -> list[tuple[bool, int]]:
+        """Return how many orders and how many looks are due, by a read, so that an idle server writes nothing.
 
-    async def _claim(self, provisioner: Provisioner[RowT]) -> RowT | None:
-        """Take the lease of the row that has been due longest, or None if there is none that is free.
-
-        What was ordered goes before what is only looked at again.
+        And tell the metrics. Of each at most so many are counted, as counting all would take as long as there are rows.
         """
+        model, now = provisioner.model, self._clock.now()
+        counts, oldest = [], now
+        for is_ordered in (True, False):
+            due = select(model.next_attempt_at).where(*_is_due(model, now, is_ordered=is_ordered))
+            some = due.order_by(col(model.next_attempt_at)).limit(_MOST_COUNTED).subquery()
+            rows = await self._store.fetch(select(func.count(), func.min(some.c.next_attempt_at)).select_from(some))
+            counts.append((is_ordered, int(rows[0][0])))
+            oldest = min(oldest, rows[0][1] or now)
+        late = await self._store.fetch(select(func.count()).where(col(model.deadline_at) < now))
+        self._metrics.due.labels(provisioner.kind).set(sum(count for _, count in counts))
+        self._metrics.lag_seconds.labels(provisioner.kind).set((now - oldest).total_seconds())
+        self._metrics.overdue.labels(provisioner.kind).set(late[0][0])
+        return counts
+
+    async def _claim(self, provisioner: Provisioner[RowT], *, is_ordered: bool) -> RowT | None:
+        """Take the lease of the row that has been due longest, or None if there is none that is free."""
         model, now = provisioner.model, self._clock.now()
         first = (
             select(model.id)
-            .where(*_is_due(model, now))
-            .order_by(col(model.waiting_on).is_(None), col(model.next_attempt_at))
+            .where(*_is_due(model, now, is_ordered=is_ordered))
+            .order_by(col(model.next_attempt_at))
             .limit(1)
             .with_for_update(skip_locked=True, key_share=True)  # SQLite has one writer and leaves this out
             .scalar_subquery()
@@ -371,9 +386,10 @@ class Reconciler:
         return done
 
 
-def _is_due(model: type[Reconciled], now: datetime) -> tuple[Any, ...]:
+def _is_due(model: type[Reconciled], now: datetime, *, is_ordered: bool) -> tuple[Any, ...]:
     free = or_(col(model.lease_until).is_(None), col(model.lease_until) <= now)
-    return col(model.next_attempt_at) <= now, free
+    waits = col(model.waiting_on).is_not(None) if is_ordered else col(model.waiting_on).is_(None)
+    return col(model.next_attempt_at) <= now, free, waits
 
 
 def _is_mine(model: type[Reconciled], row: Reconciled) -> tuple[Any, ...]:

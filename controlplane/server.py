@@ -113,7 +113,7 @@ class Server:
         store, catalog, keys = self.store, self.catalog, self.keys
         storage = _open_storage(settings)
         vault = Vault(keys=keys, storage=storage)
-        orders = DatabaseOrders(catalog=catalog, keys=keys, clock=clock)
+        orders = DatabaseOrders(store=store, catalog=catalog, keys=keys, clock=clock)
         self._clock = clock
         self.audit = AuditLog(store=store, keys=keys, clock=clock)
         self.uses = Uses(store=store, clock=clock)

@@ -8,7 +8,7 @@ from sqlmodel import Field
 from controlplane.api.v1 import backups_pb2
 from controlplane.databases.model import Database
 from controlplane.ids import new_id
-from controlplane.reconcile import DELETING, Reconciled, progress_of
+from controlplane.reconcile import DELETING, Reconciled, due_indexes, progress_of
 from controlplane.rpc.times import stamp
 from controlplane.sql import UtcDateTime
 
@@ -25,7 +25,7 @@ class Backup(Reconciled, table=True):
     """A backup of a database; where its files are and what they are bound to, `Identity` says (see `sealed.py`)."""
 
     __tablename__ = "backups"
-    __table_args__ = (Index("ix_backups_list", "database_id", "id"),)
+    __table_args__ = (Index("ix_backups_list", "database_id", "id"), *due_indexes("backups"))
 
     database_id: str = Field(foreign_key="databases.id")
     trigger: str

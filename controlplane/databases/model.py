@@ -6,7 +6,7 @@ from sqlalchemy import JSON, BigInteger, Index, UniqueConstraint, text
 from sqlmodel import Field, SQLModel
 
 from controlplane.api.v1 import databases_pb2
-from controlplane.reconcile import DELETING, Reconciled, progress_of
+from controlplane.reconcile import DELETING, Reconciled, due_indexes, progress_of
 from controlplane.rpc.times import stamp
 from controlplane.sql import UtcDateTime
 
@@ -39,6 +39,7 @@ class Database(Reconciled, table=True):
         # A page costs what it shows, however long the table is.
         Index("ix_databases_list", "account_id", "id", sqlite_where=_ALIVE, postgresql_where=_ALIVE),
         Index("ix_databases_former_name", "account_id", "former_name"),
+        *due_indexes("databases"),
     )
 
     name: str

@@ -1,6 +1,5 @@
 """What our databases are called on their clusters, so that we know which of what is there is ours."""
 
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import Field, SQLModel, select
 
 from controlplane.sql import Store
@@ -18,10 +17,9 @@ class Installation(SQLModel, table=True):
     id: str
 
 
-async def name_of_new(session: AsyncSession, database_id: str) -> str:
+async def name_of_new(store: Store, database_id: str) -> str:
     """Return the name for a new database: our installation and the database's own 26 characters, 32 altogether."""
-    installation = (await session.execute(select(Installation.id))).scalar_one()
-    return f"{installation}_{database_id.partition('_')[2]}"
+    return f"{await prefix_of_ours(store)}{database_id.partition('_')[2]}"
 
 
 def name_aside(object_name: str, backup_id: str) -> str:

@@ -25,6 +25,7 @@ from controlplane.errors import AlreadyExists, BrokenRule, InvalidField, NotFoun
 from controlplane.ids import new_id
 from controlplane.keys import Keys
 from controlplane.rpc.call import Call
+from controlplane.sql import Store
 
 _BACKUPS_KEPT = 7  # unless the order says otherwise
 
@@ -52,7 +53,8 @@ _NEWEST_BACKUP = (
 class DatabaseOrders:
     """Takes orders of databases."""
 
-    def __init__(self, *, catalog: Catalog, keys: Keys, clock: Clock) -> None:
+    def __init__(self, *, store: Store, catalog: Catalog, keys: Keys, clock: Clock) -> None:
+        self._store = store
         self._catalog = catalog
         self._keys = keys
         self._clock = clock
@@ -74,7 +76,7 @@ class DatabaseOrders:
             id=database_id,
             account_id=call.caller.account_id,
             name=name,
-            object_name=await name_of_new(call.session, database_id),
+            object_name=await name_of_new(self._store, database_id),
             engine=engine,
             sku=sku,
             region=region,

@@ -28,9 +28,11 @@ async def place(session: AsyncSession, catalog: Catalog, *, engine: str, region:
         raise Conflict(
             f"The region '{region}' has no {engine}, it has {has}: /api/portal/regions shows what can be ordered where."
         )
-    uses = await _uses(session, clusters)
+    counted = await _uses(session, clusters)
+    uses = dict.fromkeys((cluster.name for cluster in clusters), 0) | counted
     for cluster in sorted(clusters, key=lambda cluster: uses[cluster.name] - cluster.capacity):
-        await session.execute(_OPEN, {"cluster": cluster.name})
+        if cluster.name not in counted:
+            await session.execute(_OPEN, {"cluster": cluster.name})
         # The condition decides, not the numbers read above: they may be old by now.
         taken = await session.execute(_TAKE, {"cluster": cluster.name, "capacity": cluster.capacity})
         if isinstance(taken, CursorResult) and taken.rowcount:
@@ -54,4 +56,4 @@ async def leave(session: AsyncSession, cluster: str) -> None:
 async def _uses(session: AsyncSession, clusters: list[Cluster]) -> dict[str, int]:
     names = [cluster.name for cluster in clusters]
     rows = await session.scalars(select(ClusterUse).where(col(ClusterUse.cluster).in_(names)))
-    return dict.fromkeys(names, 0) | {row.cluster: row.used for row in rows}
+    return {row.cluster: row.used for row in rows}

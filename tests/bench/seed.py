@@ -87,6 +87,21 @@ async def seed(settings: Settings) -> Seed:
         await store.close()
 
 
+async def open_account(store: Store, keys: Keys) -> tuple[str, str]:
+    """Bring the schema up to date and open an account on the plan `bench`; return its id and a token of full scope."""
+    await migrate(store)
+    account = Account(
+        id=new_id("ac"), email=f"{new_id('c')}@example.com", password_hash="", plan="bench", created_at=_ORDERED
+    )
+    secret, token = token_of(keys, account.id)
+    async with store.session() as session:
+        session.add(account)
+        await session.flush()
+        session.add(token)
+        await session.commit()
+    return account.id, secret
+
+
 async def _fill(store: Store, catalog: Catalog, keys: Keys) -> Seed:
     logins = [Login(f"customer-{number}@example.com", secrets.token_urlsafe(12)) for number in range(ACCOUNTS)]
     clock = SystemClock()
@@ -98,11 +113,9 @@ async def _fill(store: Store, catalog: Catalog, keys: Keys) -> Seed:
     rows: list[Token | Database] = []
 
     def token(account: Account, **values: Any) -> tuple[str, str]:
-        secret, token_id = new_token(), new_id("tk")
-        columns: dict[str, Any] = {"name": "bench", "scope": "full", "created_at": _ORDERED, **values}
-        digest, prefix = keys.digest(secret), secret[:SHOWN_PREFIX]
-        rows.append(Token(id=token_id, account_id=account.id, secret_digest=digest, prefix=prefix, **columns))
-        return secret, token_id
+        secret, row = token_of(keys, account.id, **values)
+        rows.append(row)
+        return secret, row.id
 
     tokens = []
     for account in accounts:
@@ -122,6 +135,14 @@ async def _fill(store: Store, catalog: Catalog, keys: Keys) -> Seed:
     return Seed(tokens, refused, revocable, logins[0], base64.b64decode(keys.mac["k1"]))
 
 
+def token_of(keys: Keys, account_id: str, **values: Any) -> tuple[str, Token]:
+    """Return a new token's secret and its row."""
+    secret = new_token()
+    columns: dict[str, Any] = {"name": "bench", "scope": "full", "created_at": _ORDERED, **values}
+    digest, prefix = keys.digest(secret), secret[:SHOWN_PREFIX]
+    return secret, Token(id=new_id("tk"), account_id=account_id, secret_digest=digest, prefix=prefix, **columns)
+
+
 def _terms(number: int) -> dict[str, Any]:
     """Return what a token may do and from where: every kind of check is made for some of them."""
     return {
@@ -132,9 +153,10 @@ def _terms(number: int) -> dict[str, Any]:
 
 
 def _database(account: Account, number: int) -> Database:
-    at = _ORDERED + timedelta(hours=number)
+    at, database_id = _ORDERED + timedelta(hours=number), new_id("db")
     return Database(
-        id=new_id("db"),
+        id=database_id,
+        object_name=database_id,
         account_id=account.id,
         name=f"analytics-{number}",
         engine="postgresql",

@@ -17,6 +17,8 @@ def upgrade() -> None:
     _add_installation()
     _widen_databases()
     _widen_backups()
+    for table in ("databases", "backups"):
+        _index_due(table)
 
 
 def _add_installation() -> None:
@@ -70,3 +72,10 @@ def _widen_backups() -> None:
     op.add_column("backups", sa.Column("verified_at", _TIME, nullable=True))
     op.add_column("backups", sa.Column("verification_error", sa.String(), nullable=True))
     op.create_index("ix_backups_deadline_at", "backups", ["deadline_at"])
+
+
+def _index_due(table: str) -> None:
+    op.drop_index(f"ix_{table}_next_attempt_at", table)
+    for name, condition in (("ordered", "waiting_on IS NOT NULL"), ("looked_at", "waiting_on IS NULL")):
+        where = sa.text(condition)
+        op.create_index(f"ix_{table}_{name}", table, ["next_attempt_at"], sqlite_where=where, postgresql_where=where)
