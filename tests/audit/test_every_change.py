@@ -9,6 +9,7 @@ import pytest
 
 from controlplane.clock import SystemClock
 from tests.audit.conftest import record_of
+from tests.backups.rest import DATABASES, back_up, connection_of, delete, file_of, order_restore
 from tests.doors import RPCS, Answer, Door, Native, Rest
 from tests.sessions.issuer import CLIENT_ID, SmallIssuer, running
 from tests.stack import PASSWORD, Customer, Stack
@@ -28,11 +29,12 @@ class Caller:
 
 @dataclass(frozen=True)
 class Change:
-    """A write that succeeds: who sends it, what is sent, and the name that its target has, if any."""
+    """A write that succeeds: who sends it, what is sent, its target's name, if any, and id, if no answer shows it."""
 
     caller: Caller
     request: dict[str, Any]
     name: str | None = None
+    target: str | None = None
 
 
 async def by_token(customer: Customer) -> Caller:
@@ -66,6 +68,53 @@ async def delete_database(customer: Customer) -> Change:
     return Change(await by_token(customer), {"name": "made"}, "made")
 
 
+async def new_password(customer: Customer) -> Change:
+    """Give a database a new password."""
+    made = await customer.create_database("made")
+    return Change(await by_token(customer), {"name": "made"}, "made", made["id"])
+
+
+async def stop_database(customer: Customer) -> Change:
+    """Stop a database."""
+    await customer.create_database("made")
+    return Change(await by_token(customer), {"name": "made"}, "made")
+
+
+async def start_database(customer: Customer) -> Change:
+    """Start a database."""
+    await customer.create_database("made")
+    await customer.call("POST", f"{DATABASES}/made/stop")
+    await customer.until("stopped", f"{DATABASES}/made")
+    return Change(await by_token(customer), {"name": "made"}, "made")
+
+
+async def retry_database(customer: Customer) -> Change:
+    """Try a database again that was to be made of a backup whose files were lost."""
+    await customer.create_database("source")
+    backup = await back_up(customer, "source")
+    name = (await connection_of(customer, "source"))["database"]
+    file_of(customer.stack, name, backup, ".json").unlink()
+    await order_restore(customer, backup, "made")
+    await customer.until("failed", f"{DATABASES}/made")
+    return Change(await by_token(customer), {"name": "made"}, "made")
+
+
+async def undelete_database(customer: Customer) -> Change:
+    """Bring a deleted database back."""
+    await customer.create_database("made")
+    await back_up(customer, "made")
+    await delete(customer, "made")
+    return Change(await by_token(customer), {"name": "made"}, "made")
+
+
+async def restore_backup(customer: Customer) -> Change:
+    """Restore a backup."""
+    await customer.create_database("source")
+    backup = await back_up(customer, "source")
+    request = {"name": "source", "id": backup["id"], "database": {"name": "made"}}
+    return Change(await by_token(customer), request, "made")
+
+
 async def create_backup(customer: Customer) -> Change:
     """Back a database up."""
     await customer.create_database("made")
@@ -75,8 +124,7 @@ async def create_backup(customer: Customer) -> Change:
 async def delete_backup(customer: Customer) -> Change:
     """Delete a backup."""
     await customer.create_database("made")
-    backup = (await customer.call("POST", "/api/portal/databases/made/backups")).json()
-    await customer.until("completed", f"/api/portal/databases/made/backups/{backup['id']}")
+    backup = await back_up(customer, "made")
     return Change(await by_token(customer), {"name": "made", "id": backup["id"]}, "made")
 
 
@@ -127,6 +175,12 @@ SCENARIOS: dict[str, Callable[[Customer], Awaitable[Change]]] = {
     "DeleteDatabase": delete_database,
     "CreateBackup": create_backup,
     "DeleteBackup": delete_backup,
+    "RestoreBackup": restore_backup,
+    "RotateDatabasePassword": new_password,
+    "StopDatabase": stop_database,
+    "StartDatabase": start_database,
+    "RetryDatabase": retry_database,
+    "UndeleteDatabase": undelete_database,
     "CreateToken": create_token,
     "UpdateToken": change_token,
     "RotateToken": touch_token,
@@ -170,7 +224,7 @@ async def test_a_change_is_told_once(customer: Customer, door: Door, name: str) 
         action=rpc.action,
         caller=change.caller,
         request_id=done.headers["x-request-id"],
-        resource={"id": done.result["id"], "name": change.name},
+        resource={"id": change.target or done.result["id"], "name": change.name},
         shown=done,
     )
     if rpc.verb == "POST" and not rpc.access.public:

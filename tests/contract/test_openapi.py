@@ -16,7 +16,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from controlplane import api
 from controlplane.access.permissions import SCOPES
-from controlplane.api.v1 import databases_pb2, sessions_pb2, tokens_pb2
+from controlplane.api.v1 import backups_pb2, databases_pb2, sessions_pb2, tokens_pb2
 from controlplane.rpc.contract import Rpc, rpcs
 
 Json = dict[str, Any]
@@ -151,9 +151,10 @@ def test_an_operation_lists_its_headers(rpc: Rpc) -> None:
     takes = {parameter["name"] for parameter in _parameters(operation) if parameter["in"] == "header"}
     gives = set(operation["responses"][str(rpc.status)]["headers"])
     repeatable = rpc.verb == "POST" and not rpc.access.public
+    versioned = {"Backup", "Database", "DatabaseConnection", "Token"}
     assert ("Idempotency-Key" in takes) == ("Idempotent-Replayed" in gives) == repeatable
     assert ("If-Match" in takes) == (412 in rpc.errors)
-    assert ("ETag" in gives) == (rpc.response.DESCRIPTOR.name in {"Backup", "Database", "Token"})
+    assert ("ETag" in gives) == (rpc.response.DESCRIPTOR.name in versioned)
     assert ("Link" in gives) == (rpc.waits or "page_token" in rpc.request.DESCRIPTOR.fields_by_name)
     assert ("Location" in gives) == (rpc.status == 303)
     by_token = bool(rpc.access.permission) or rpc.access.authenticated
@@ -188,7 +189,7 @@ def test_every_example_is_valid() -> None:
     ]
     broken = [(example, error.message) for schema, example in examples for error in _errors(schema, example)]
     assert broken == []
-    assert {"sku": "db-s-2vcpu-4gb"} in [example for _, example in examples]
+    assert {"name": "analytics-copy"} in [example for _, example in examples]
 
 
 @pytest.mark.parametrize("rpc", [rpc for rpc in rpcs().values() if rpc.body], ids=lambda rpc: rpc.name)
@@ -218,7 +219,16 @@ def test_the_server_takes_the_examples_of_a_body(rpc: Rpc) -> None:
         (databases_pb2.CreateDatabase, {"tags": {"env": "a" * 256}}, False),
         (databases_pb2.CreateDatabase, {"tags": {f"t{n}": "" for n in range(51)}}, False),
         (databases_pb2.UpdateDatabase, {"tags": {"env": None, "team": "data"}}, True),
+        (databases_pb2.CreateDatabase, {"backup_schedule": "0 3 * * *"}, True),
+        (databases_pb2.CreateDatabase, {"backup_schedule": "0" * 101}, False),
+        (databases_pb2.CreateDatabase, {"backup_retention": {}}, True),
+        (databases_pb2.CreateDatabase, {"backup_retention": {"count": 0}}, False),
+        (databases_pb2.CreateDatabase, {"backup_retention": {"days": 3651}}, False),
         (databases_pb2.UpdateDatabase, {"tags": {"env": 1}}, False),
+        (databases_pb2.UpdateDatabase, {"backup_schedule": ""}, False),
+        (databases_pb2.UpdateDatabase, {"backup_retention": {"count": 1001}}, False),
+        (backups_pb2.RestoreDatabase, {"name": "Copy"}, False),
+        (backups_pb2.RestoreDatabase, {"sku": ""}, False),
         (sessions_pb2.CreateSession, {"password": ""}, False),
         (sessions_pb2.CreateSession, {"email": "a" * 255}, False),
         (tokens_pb2.CreateToken, {"scope": "everything"}, False),
@@ -238,11 +248,16 @@ def test_the_document_and_the_server_agree(message: type[Message], body: Json, r
     assert (not _errors(_component(name), whole)) is right
 
 
-@pytest.mark.parametrize("name", ["CreateDatabase", "CreateSession", "CreateToken"])
+@pytest.mark.parametrize("name", ["CreateDatabase", "RestoreDatabase", "CreateSession", "CreateToken"])
 def test_what_the_server_requires_is_required(name: str) -> None:
     """A body without one of its required fields is refused by the document and by the server."""
     schema = DOCUMENT["components"]["schemas"][name]
-    modules = {"CreateDatabase": databases_pb2, "CreateSession": sessions_pb2, "CreateToken": tokens_pb2}
+    modules = {
+        "CreateDatabase": databases_pb2,
+        "RestoreDatabase": backups_pb2,
+        "CreateSession": sessions_pb2,
+        "CreateToken": tokens_pb2,
+    }
     for missing in schema["required"]:
         body = {field: value for field, value in schema["examples"][0].items() if field != missing}
         message = json_format.ParseDict(body, getattr(modules[name], name)())

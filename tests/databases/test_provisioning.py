@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
@@ -10,10 +11,10 @@ from sqlmodel import col
 
 from controlplane.databases.model import Database
 from controlplane.local.postgres import EmbeddedPostgres
+from tests.backups.rest import DATABASES, connection_of, delete, events_of
 from tests.conftest import new_storage
 from tests.stack import Customer, Stack, eventually, free_port
 
-DATABASES = "/api/portal/databases"
 ELSEWHERE = {"engine": "postgresql", "sku": "db-s-1vcpu-1gb", "region": "elsewhere"}
 
 
@@ -67,10 +68,14 @@ async def test_a_cluster_that_is_down_is_waited_for(customer: Customer, later: E
         "waiting_on": "cluster later",
         "last_error": "The database cluster is not available at the moment; try again later.",
     }
-    refused = await customer.call("GET", f"{DATABASES}/stays/connection")
-    assert (refused.status_code, refused.json()["code"]) == (409, "conflict")
+    for method, verb in (("GET", "connection"), *(("POST", verb) for verb in ("password", "stop", "start"))):
+        refused = await customer.call(method, f"{DATABASES}/stays/{verb}")
+        assert (refused.status_code, refused.json()["code"]) == (409, "conflict")
+        assert refused.json()["error"] == "The database 'stays' is provisioning: it takes no connections."
+    refused = await customer.call("POST", f"{DATABASES}/stays/retry")
+    assert refused.json()["error"] == "The database 'stays' is provisioning: there is nothing to try again."
     refused = await customer.call("POST", f"{DATABASES}/stays/backups")
-    assert (refused.status_code, refused.json()["code"]) == (409, "conflict")
+    assert refused.json()["error"] == "The database 'stays' is provisioning: it can be backed up once it is ready."
     deleted = await customer.call("DELETE", f"{DATABASES}/goes")
     assert (deleted.status_code, deleted.json()["status"]) == (200, "deleting")
     await later.start()
@@ -88,6 +93,7 @@ async def test_a_deletion_takes_running_backups_along(
     await later.stop()
     await later.start()
     await customer.create_database("analytics", **ELSEWHERE)
+    object_name = (await connection_of(customer, "analytics"))["database"]
     done = (await customer.call("POST", f"{DATABASES}/analytics/backups")).json()
     await customer.until("completed", f"{DATABASES}/analytics/backups/{done['id']}")
     await later.stop()
@@ -101,8 +107,9 @@ async def test_a_deletion_takes_running_backups_along(
     await eventually(waits)
     await customer.call("DELETE", f"{DATABASES}/analytics")
     await customer.until("gone", path)
-    shown = await customer.until("deleting", f"{DATABASES}/analytics")
-    assert not list((stack.settings.data_dir / "backups").glob(f"{shown['id']}/*"))
+    await customer.until("deleting", f"{DATABASES}/analytics")
+    files = {file.stem for file in (stack.settings.data_dir / "backups" / object_name).iterdir()}
+    assert files == {done["id"]}
     await later.start()
     await customer.until("gone", f"{DATABASES}/analytics", seconds=40)
     quotas = (await customer.call("GET", "/api/portal/account")).json()["quotas"]
@@ -129,6 +136,37 @@ async def test_a_cluster_that_is_no_longer_in_the_catalogue(stack: Stack, custom
     assert (await customer.call("DELETE", f"{DATABASES}/analytics")).status_code == 200
     await set_cluster(stack, made["id"], "local-postgresql")
     await customer.until("gone", f"{DATABASES}/analytics")
+
+
+async def test_a_cluster_that_is_down_at_a_look_is_told(customer: Customer, later: EmbeddedPostgres) -> None:
+    """A database whose cluster goes down stays ready, and its progress says so until the cluster is back."""
+    await later.stop()
+    await later.start()
+    await customer.create_database("analytics", **ELSEWHERE)
+    connection = await connection_of(customer, "analytics")
+    await later.stop()
+
+    async def told() -> dict[str, Any] | None:
+        shown: dict[str, Any] = (await customer.call("GET", f"{DATABASES}/analytics")).json()
+        return shown if "progress" in shown else None
+
+    shown = await eventually(told)
+    assert shown is not None
+    assert (shown["status"], shown["generation"], shown["observed_generation"]) == ("ready", 1, 1)
+    assert (shown["progress"]["waiting_on"], shown["progress"]["last_error"]) == (
+        "cluster later",
+        "The database cluster is not available at the moment; try again later.",
+    )
+    assert await connection_of(customer, "analytics") == connection
+    await later.start()
+
+    async def well() -> bool:
+        return await told() is None
+
+    await eventually(well, seconds=60)
+    assert await events_of(customer, "database.failed", "database.repaired") == []
+    assert len(await events_of(customer, "database.ready")) == 1
+    await delete(customer, "analytics")
 
 
 async def test_a_size_that_is_no_longer_in_the_catalogue(stack: Stack, customer: Customer) -> None:

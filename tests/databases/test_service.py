@@ -7,18 +7,10 @@ import asyncpg
 import pytest
 
 from controlplane.local.postgres import EmbeddedPostgres
+from tests.backups.rest import DATABASES, connection_of, names_on
 from tests.stack import Customer, Stack
 
 ORDER = {"name": "analytics", "engine": "postgresql", "sku": "db-s-1vcpu-2gb"}
-DATABASES = "/api/portal/databases"
-
-
-async def uri_of(customer: Customer, name: str) -> str:
-    """Return the URI with which the customer connects."""
-    answer = await customer.call("GET", f"{DATABASES}/{name}/connection")
-    assert answer.status_code == 200, answer.text
-    uri: str = answer.json()["uri"]
-    return uri
 
 
 async def patch(customer: Customer, name: str, **change: Any) -> dict[str, Any]:
@@ -85,7 +77,7 @@ async def test_tags_are_merged(customer: Customer) -> None:
 async def test_a_new_size_changes_the_real_limit(customer: Customer) -> None:
     """A database of another size lets in as many connections as that size says, and keeps its data."""
     await customer.create_database("analytics", sku="db-s-1vcpu-1gb")
-    uri = await uri_of(customer, "analytics")
+    uri = (await connection_of(customer, "analytics"))["uri"]
     open_now = [await asyncpg.connect(uri) for _ in range(3)]
     await open_now[0].execute("CREATE TABLE kept AS SELECT 7 AS n")
     with pytest.raises(asyncpg.TooManyConnectionsError):
@@ -125,23 +117,25 @@ async def test_a_protected_database_is_not_deleted(customer: Customer) -> None:
 async def test_a_deletion_removes_everything(customer: Customer, postgres: EmbeddedPostgres) -> None:
     """A deletion drops database and role and frees quota and name; a repeated one changes nothing; then it is 404."""
     made = await customer.create_database("analytics")
-    admin = await asyncpg.connect(postgres.admin_dsn)
-    there = (
-        "SELECT datname FROM pg_database WHERE datname = $1 UNION ALL SELECT rolname FROM pg_roles WHERE rolname = $1"
-    )
-    assert len(await admin.fetch(there, made["id"])) == 2
-    tenant = await asyncpg.connect(await uri_of(customer, "analytics"))
+    connection = await connection_of(customer, "analytics")
+    name = connection["database"]
+    assert await names_on(postgres, name) == [name, name]
+    tenant = await asyncpg.connect(connection["uri"])
     answers = [await customer.call("DELETE", f"{DATABASES}/analytics") for _ in range(2)]
     assert {answer.status_code for answer in answers} <= {200, 404}
     assert answers[0].json()["status"] == "deleting"
     await customer.until("gone", f"{DATABASES}/analytics")
-    assert await admin.fetch(there, made["id"]) == []
+    assert await names_on(postgres, name) == []
     tenant.terminate()
-    await admin.close()
     for method, path in (
         ("GET", ""),
         ("DELETE", ""),
         ("GET", "/connection"),
+        ("POST", "/password"),
+        ("POST", "/stop"),
+        ("POST", "/start"),
+        ("POST", "/retry"),
+        ("POST", "/undelete"),
         ("GET", "/backups"),
         ("POST", "/backups"),
     ):
@@ -153,15 +147,20 @@ async def test_a_deletion_removes_everything(customer: Customer, postgres: Embed
 
 async def test_what_is_being_deleted_cannot_be_changed(customer: Customer, postgres: EmbeddedPostgres) -> None:
     """Until it is gone a deleted database shows so, keeps its name, and takes neither changes nor connections."""
-    made = await customer.create_database("analytics")
+    await customer.create_database("analytics")
+    name = (await connection_of(customer, "analytics"))["database"]
     admin = await asyncpg.connect(postgres.admin_dsn)
-    await admin.execute("SELECT pg_advisory_lock(hashtextextended($1, 0))", made["id"])  # its deletion waits
+    await admin.execute("SELECT pg_advisory_lock(hashtextextended($1, 0))", name)  # its deletion waits
     await customer.call("DELETE", f"{DATABASES}/analytics")
     shown = (await customer.call("GET", f"{DATABASES}/analytics")).json()
     assert shown["status"] == "deleting"
     for method, path, body in (
         ("PATCH", "", {"tags": {"a": "b"}}),
         ("GET", "/connection", None),
+        ("POST", "/password", None),
+        ("POST", "/stop", None),
+        ("POST", "/start", None),
+        ("POST", "/retry", None),
         ("POST", "/backups", None),
         ("DELETE", "?validate_only=true", None),
     ):
@@ -177,30 +176,30 @@ async def test_the_connection_works_and_leads_nowhere_else(stack: Stack, custome
     stranger = await stack.customer()
     mine, theirs = await asyncio.gather(customer.create_database("same"), stranger.create_database("same"))
     assert mine["id"] != theirs["id"]
-    connection = (await customer.call("GET", f"{DATABASES}/same/connection")).json()
-    assert connection["database"] == connection["username"] == mine["id"]
+    connection = await connection_of(customer, "same")
+    theirs = await connection_of(stranger, "same")
+    assert connection["database"] == connection["username"] != theirs["database"]
     tenant = await asyncpg.connect(
         **{key: connection[key] for key in ("host", "port", "database", "password")}, user=connection["username"]
     )
     await tenant.execute("CREATE TABLE notes (text TEXT)")
     await tenant.execute("INSERT INTO notes VALUES ('mine')")
     await tenant.close()
-    for database in (theirs["id"], "postgres", "template1"):
+    for database in (theirs["database"], "postgres", "template1"):
         with pytest.raises(asyncpg.PostgresError):
             await asyncpg.connect(connection["uri"], database=database)
-    theirs_uri = await uri_of(stranger, "same")
-    tenant = await asyncpg.connect(theirs_uri)
+    tenant = await asyncpg.connect(theirs["uri"])
     assert await tenant.fetchval("SELECT to_regclass('notes')") is None
     await tenant.close()
     with pytest.raises(asyncpg.PostgresError):
-        await asyncpg.connect(theirs_uri, password=connection["password"])
+        await asyncpg.connect(theirs["uri"], password=connection["password"])
 
 
 async def test_the_same_name_in_two_accounts(stack: Stack, customer: Customer) -> None:
     """Two accounts' databases of one name are two: to delete one leaves the other, with its data."""
     stranger = await stack.customer()
     await asyncio.gather(customer.create_database("same"), stranger.create_database("same"))
-    tenant = await asyncpg.connect(await uri_of(customer, "same"))
+    tenant = await asyncpg.connect((await connection_of(customer, "same"))["uri"])
     await tenant.execute("CREATE TABLE kept ()")
     await stranger.call("DELETE", f"{DATABASES}/same")
     await stranger.until("gone", f"{DATABASES}/same")
@@ -219,6 +218,11 @@ async def test_another_accounts_database_looks_like_none(stack: Stack, customer:
         ("PATCH", "", {"tags": {"a": "b"}}),
         ("DELETE", "", None),
         ("GET", "/connection", None),
+        ("POST", "/password", None),
+        ("POST", "/stop", None),
+        ("POST", "/start", None),
+        ("POST", "/retry", None),
+        ("POST", "/undelete", None),
         ("GET", "/backups", None),
         ("POST", "/backups", None),
     ):

@@ -9,6 +9,8 @@ import pytest
 from sqlmodel import col, select
 
 from controlplane.accounts.model import Account
+from controlplane.backups.model import ON_DEMAND, new_backup
+from controlplane.backups.provisioner import BackupProvisioner
 from controlplane.backups.storage import FolderStorage
 from controlplane.backups.vault import Vault
 from controlplane.catalog.model import Catalog
@@ -28,12 +30,12 @@ LOOK_EVERY = timedelta(days=1)
 
 
 class Works:
-    """A storage with one account, a fake cluster, a clock that stands still, and reconcilers over them."""
+    """A storage with one account, two fake clusters, a clock that stands still, and reconcilers over them."""
 
     def __init__(self, url: str, folder: Path, catalog: Catalog) -> None:
         self.url = url
         self.clock = ManualClock()
-        self.engine = FakeEngine()
+        self.engine, self.other = FakeEngine(), FakeEngine()
         self.store = Store(url)
         self._catalog = catalog
         self._keys = Keys.load(folder / "keys.json")
@@ -46,13 +48,14 @@ class Works:
         async with self.store.session() as session:
             now = self.clock.now()
             session.add(Account(id="ac_1", email="a@example.com", password_hash="", plan="roomy", created_at=now))
-            session.add(ClusterUse(cluster="local-postgresql", used=0))
+            session.add_all(ClusterUse(cluster=name, used=0) for name in ("local-postgresql", "other"))
             await session.commit()
 
     async def close(self) -> None:
         """Stop what is left."""
-        self.engine.failure = None
-        self.engine.release()
+        for engine in (self.engine, self.other):
+            engine.failure = None
+            engine.release()
         for reconciler, store in self._reconcilers:
             await reconciler.stop()
             await store.close()
@@ -62,28 +65,39 @@ class Works:
         """Return a reconciler with connections of its own, as another process has them; it is not started."""
         store = Store(self.url)
         feed = Feed(store=store, clock=self.clock)
-        provisioner = DatabaseProvisioner(
+        engines = {"local-postgresql": self.engine, "other": self.other}
+        databases = DatabaseProvisioner(
             store=store,
             clock=self.clock,
             catalog=self._catalog,
             keys=self._keys,
-            engines={"local-postgresql": self.engine},
+            engines=engines,
             vault=self._vault,
             feed=feed,
             look_every=LOOK_EVERY,
         )
-        provisioner.at_once = concurrency
+        databases.at_once = concurrency
+        backups = BackupProvisioner(
+            store=store,
+            clock=self.clock,
+            catalog=self._catalog,
+            engines=engines,
+            vault=self._vault,
+            verify_after=LOOK_EVERY,
+        )
         reconciler = Reconciler(
             store=store,
             clock=self.clock,
             feed=feed,
-            provisioners=[provisioner],
+            provisioners=[databases, backups],
             metrics=metrics or new_metrics(),
         )
         self._reconcilers.append((reconciler, store))
         return reconciler
 
-    async def order(self, database_id: str = "db_1", *, within: timedelta = timedelta(hours=1)) -> None:
+    async def order(
+        self, database_id: str = "db_1", *, within: timedelta = timedelta(hours=1), cluster: str = "local-postgresql"
+    ) -> None:
         """Order a new database."""
         now = self.clock.now()
         row = Database(
@@ -94,7 +108,7 @@ class Works:
             engine="postgresql",
             sku="db-s-1vcpu-1gb",
             region="local",
-            cluster_target="local-postgresql",
+            cluster_target=cluster,
             state=PROVISIONING,
             generation=0,
             password_sealed="",
@@ -102,7 +116,7 @@ class Works:
             updated_at=now,
         )
         row.password_sealed = self._keys.encrypt(b"password", bound_to=password_binding(row))
-        row.order(PROVISIONING, now=now, within=within, waiting_on="cluster local-postgresql")
+        row.order(PROVISIONING, now=now, within=within, waiting_on=f"cluster {cluster}")
         async with self.store.session() as session:
             session.add(row)
             await session.commit()
@@ -115,6 +129,15 @@ class Works:
             row.order(state, now=self.clock.now(), within=timedelta(hours=1), waiting_on="cluster local-postgresql")
             await session.commit()
 
+    async def order_backup(self, database_id: str = "db_1") -> str:
+        """Order a backup of the database; return its id."""
+        async with self.store.session() as session:
+            row = await session.get_one(Database, database_id)
+            backup = new_backup(row, trigger=ON_DEMAND, now=self.clock.now())
+            session.add(backup)
+            await session.commit()
+            return backup.id
+
     async def find(self, database_id: str = "db_1") -> Database | None:
         """Return the row as it is now, if there is one."""
         async with self.store.session() as session:
@@ -125,11 +148,11 @@ class Works:
         rows = await self.store.fetch(select(Database.id).where(col(Database.lease_token).is_not(None)))
         return [row.id for row in rows]
 
-    async def until(self, holds: Callable[[Database], bool]) -> Database:
+    async def until(self, holds: Callable[[Database], bool], database_id: str = "db_1") -> Database:
         """Wait until something is true of the row; return it."""
 
         async def found() -> Database | None:
-            row = await self.find()
+            row = await self.find(database_id)
             return row if row is not None and holds(row) else None
 
         row = await eventually(found)

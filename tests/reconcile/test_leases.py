@@ -1,32 +1,43 @@
 """Leases: who takes a step, and whose outcome counts."""
 
 import asyncio
+from datetime import timedelta
 
 import pytest
 from sqlalchemy import update
 from sqlmodel import col, select
 
 from controlplane import reconcile
-from controlplane.databases.model import DELETING, PROVISIONING, Database
-from controlplane.reconcile import LEASE
-from tests.reconcile.conftest import Works
+from controlplane.databases.model import PROVISIONING, Database
+from controlplane.reconcile import DELETING, LEASE
+from tests.reconcile.conftest import LOOK_EVERY, Works
 from tests.stack import eventually
 
 PAST_LEASE = LEASE.total_seconds() + 1
 
 
 async def test_what_is_ordered_is_made(works: Works) -> None:
-    """A due row is stepped and settled, and not looked at again."""
+    """A due row is stepped and settled; it is looked at again in a few seconds, then at its time, and not before."""
     await works.order()
     reconciler = works.reconciler()
     reconciler.start()
     row = await works.until(lambda row: row.state == "ready")
     assert (row.generation, row.observed_generation, row.attempts, row.lease_token) == (1, 1, 0, None)
-    assert (row.next_attempt_at, row.deadline_at, row.waiting_on, row.last_error) == (None, None, None, None)
-    works.clock.advance(3600)
-    reconciler.wake()
-    await asyncio.sleep(0.1)
-    assert works.engine.calls == [("apply", "db_1")]
+    assert (row.deadline_at, row.waiting_on, row.last_error) == (None, None, None)
+    steps = [("apply", "db_1")]
+    for wait in (timedelta(seconds=5), LOOK_EVERY, LOOK_EVERY):
+        again = works.clock.now() + wait
+        assert row.next_attempt_at == again
+        works.clock.advance((wait - timedelta(seconds=1)).total_seconds())
+        reconciler.wake()
+        await asyncio.sleep(0.05)
+        assert works.engine.calls == steps
+        works.clock.advance(1)
+        reconciler.wake()
+        row = await works.until(lambda row, again=again: row.observed_at == again)  # type: ignore[misc]
+        steps += [("apply", "db_1"), ("observe", "db_1")]
+        assert works.engine.calls == steps
+        assert (row.state, row.generation, row.observed_generation) == ("ready", 1, 1)
 
 
 async def test_a_leased_row_is_left_alone(works: Works) -> None:
@@ -129,6 +140,25 @@ async def test_a_deletion_during_a_step_wins(works: Works) -> None:
     await works.until_gone()
     assert works.engine.databases == {}
     assert works.engine.calls == [("apply", "db_1"), ("drop", "db_1")]
+
+
+async def test_a_deletion_ends_a_long_step(works: Works, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is deleted during a step that would never end is removed all the same: the step is given up for it."""
+    monkeypatch.setattr(reconcile, "_RENEW_EVERY", 0.02)
+    works.engine.hold()
+    await works.order()
+    works.reconciler().start()
+    await works.entered()
+    works.engine.hold()  # another gate, which opens for those who come from now on
+    works.engine.release()
+    await works.order_again(PROVISIONING)
+    await works.until(lambda row: row.lease_until == works.clock.now() + LEASE)
+    await asyncio.sleep(0.1)
+    assert works.engine.calls == [("apply", "db_1")]  # another order of the kind that it works on does not end it
+    await works.order_again(DELETING)
+    await works.until_gone()
+    assert works.engine.calls == [("apply", "db_1"), ("drop", "db_1")]
+    assert works.engine.databases == {}
 
 
 async def test_stopping_hands_the_leases_back(works: Works, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,18 @@
 """Tries: when a step is taken again, when it is given up, and what the metrics tell of it."""
 
 import asyncio
+import time
 from datetime import timedelta
+from functools import partial
 from itertools import pairwise
 
 import pytest
 
+from controlplane import reconcile
 from controlplane.databases.engines.engine import Busy, ClusterUnavailable, EngineError
-from controlplane.databases.model import DELETING, PROVISIONING
+from controlplane.databases.model import PROVISIONING
 from controlplane.observe.metrics import new_metrics
+from controlplane.reconcile import DELETING
 from tests.reconcile.conftest import Works
 from tests.stack import eventually
 
@@ -80,8 +84,56 @@ async def test_past_its_deadline_it_has_failed(works: Works) -> None:
     await works.until_gone()
 
 
+async def test_a_step_that_hangs_is_cut_off(works: Works, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step gets as long as the order may take, and one last chance after that; then the row has failed."""
+    monkeypatch.setattr(reconcile, "_LEAST_SECONDS", 0.05)
+    works.engine.hold()
+    await works.order(within=timedelta(seconds=0.5))
+    reconciler = works.reconciler()
+    began = time.monotonic()
+    reconciler.start()
+    row = await works.until(lambda row: row.attempts == 1)
+    assert time.monotonic() - began >= 0.5
+    assert (row.state, row.waiting_on, row.last_error) == (PROVISIONING, "the provider", "It was not done in time.")
+    works.clock.advance(1)
+    reconciler.wake()
+    row = await works.until(lambda row: row.state == "failed")
+    assert (row.last_error, row.next_attempt_at, row.lease_token) == ("It was not done in time.", None, None)
+    assert works.engine.calls == [("apply", "db_1")] * 2
+    assert works.engine.databases == {}
+
+
+async def test_a_deletion_that_hangs_is_not_cut_off(works: Works, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deletion past its deadline goes on, for the metrics to show, until it is done."""
+    monkeypatch.setattr(reconcile, "_LEAST_SECONDS", 0.05)
+    metrics = new_metrics()
+    works.engine.hold()
+    await works.order()
+    await works.order_again(DELETING)
+    works.clock.advance(3599.8)
+    reconciler = works.reconciler(metrics=metrics)
+    reconciler.start()
+    await works.entered()
+
+    async def overdue(number: int) -> bool:
+        reconciler.wake()
+        return metrics.registry.get_sample_value("htx_reconciler_overdue", {"kind": "database"}) == number
+
+    assert await overdue(0)
+    works.clock.advance(1)
+    await eventually(partial(overdue, 1))
+    await asyncio.sleep(0.4)
+    row = await works.find()
+    assert row is not None
+    assert (row.state, row.attempts) == (DELETING, 0)
+    assert works.engine.calls == [("drop", "db_1")]
+    works.engine.release()
+    await works.until_gone()
+    await eventually(partial(overdue, 0))
+
+
 async def test_a_deletion_is_never_given_up(works: Works) -> None:
-    """A deletion has no deadline: it is tried for as long as it takes."""
+    """A deletion that fails is tried for as long as it takes."""
     works.engine.failure = ClusterUnavailable("The cluster does not answer.")
     await works.order()
     await works.order_again(DELETING)
