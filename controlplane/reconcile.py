@@ -24,7 +24,7 @@ from controlplane.clock import Clock
 from controlplane.events.feed import Feed
 from controlplane.observe.metrics import Metrics
 from controlplane.rpc.times import stamp
-from controlplane.sql import Store, UtcDateTime
+from controlplane.sql import Store, UtcDateTime, is_outage
 
 FAILED = "failed"
 DELETING = "deleting"  # may take forever: what is being deleted must never come to rest as anything else
@@ -209,8 +209,8 @@ class Reconciler:
             try:
                 for provisioner in self._provisioners:
                     await self._start_due(provisioner)
-            except Exception:  # noqa: BLE001 - whatever it is, the loop goes on
-                _log.exception("looking for due rows failed; it is tried again")
+            except Exception as error:  # noqa: BLE001 - whatever it is, the loop goes on
+                _tell("looking for due rows failed; it is tried again", error)
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_EVERY):
                     await self._woken.wait()
@@ -231,8 +231,8 @@ class Reconciler:
     def _ended(self, task: asyncio.Task[None]) -> None:
         del self._running[task]
         self._woken.set()  # there is room again
-        if not task.cancelled() and task.exception() is not None:
-            _log.error("a step's outcome could not be kept; its lease runs out", exc_info=task.exception())
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _tell("a step's outcome could not be kept; its lease runs out", error)
 
     async def _count_due(self, provisioner: Provisioner[Any]) -> list[tuple[bool, int]]:
         """Return how many orders and how many looks are due, by a read, so that an idle server writes nothing.
@@ -384,6 +384,14 @@ class Reconciler:
             done = await _affects(session, update(model).where(*_is_mine(model, row), *conditions).values(values))
             await session.commit()
         return done
+
+
+def _tell(what: str, error: BaseException) -> None:
+    """Log what went wrong: in a line while our own database does not answer, else with where."""
+    if is_outage(error):
+        _log.error(what, error=str(error))
+    else:
+        _log.error(what, exc_info=error)
 
 
 def _is_due(model: type[Reconciled], now: datetime, *, is_ordered: bool) -> tuple[Any, ...]:

@@ -17,6 +17,8 @@ from sqlalchemy.pool import ConnectionPoolEntry
 # PostgreSQL's classes of errors that no statement has earned: the connection, the server's resources, its operator.
 _OUTAGES = ("08", "53", "57P")
 
+_LONGEST_PAUSE = 10  # seconds between two statements of a transaction, in none of which anything takes long
+
 T = TypeVar("T")
 _WAL_INDEX_HEADER = 48  # bytes
 
@@ -156,7 +158,14 @@ def _postgresql_engine(url: str, *, pool_pre_ping: bool = False) -> AsyncEngine:
     reads are repeated instead.
     """
     # hide_parameters, here and below: an error's text has no values of its statement, such as hashes, for a log.
-    return create_async_engine(url, pool_size=10, hide_parameters=True, pool_pre_ping=pool_pre_ping)
+    return create_async_engine(
+        url,
+        pool_size=10,
+        hide_parameters=True,
+        pool_pre_ping=pool_pre_ping,
+        # Of a process that is paused amid a transaction, or whose machine has gone, the locks would stay.
+        connect_args={"server_settings": {"idle_in_transaction_session_timeout": f"{_LONGEST_PAUSE}s"}},
+    )
 
 
 def _sqlite_engine(url: str) -> AsyncEngine:
