@@ -76,7 +76,7 @@ class Yard:
         """Sweep; return what was logged."""
         with structlog.testing.capture_logs() as lines:
             await self.sweep(**changes).run()
-        return lines
+        return [line for line in lines if "kind" not in line]  # a reconciler of another test's may still look at things
 
     async def add(self, *rows: SQLModel) -> None:
         """Put rows there."""

@@ -34,6 +34,7 @@ async def other_server(there: Installation, launcher: Launcher) -> AsyncIterator
         "HTX_METRICS_PORT": str(free_port()),
     }
     process = await launcher.start(settings, scope="cluster", seconds={})
+    assert await process.ready(), "the other server has ended at its start"
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             yield DatabaseServiceStub(channel), BackupServiceStub(channel)

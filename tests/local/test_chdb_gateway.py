@@ -141,6 +141,9 @@ async def test_session(rest: httpx.AsyncClient) -> None:
     running = asyncio.create_task(rest.post("/", params={"session_id": "a"}, content=LONG_QUERY))
 
     async def locked() -> bool:
+        nonlocal running
+        if running.done():  # it was the one to be refused
+            running = asyncio.create_task(rest.post("/", params={"session_id": "a"}, content=LONG_QUERY))
         answer = await rest.post("/", params={"session_id": "a"}, content="SELECT 2")
         return bool(answer.headers.get("x-clickhouse-exception-code") == "373")
 
