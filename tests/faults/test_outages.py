@@ -154,10 +154,12 @@ async def test_a_restore_that_is_interrupted_is_tried_again(weak: list[Breakable
         await (cluster.set_read_only(True) if disturb == "is read-only" else cluster.disturb("refuses"))
         yield whole
 
-    with pytest.raises(ClusterUnavailable):
-        await by_the_way.restore(name, name, chunks())
-    await cluster.set_read_only(False)
-    await cluster.mend()
+    try:
+        with pytest.raises(ClusterUnavailable):
+            await by_the_way.restore(name, name, chunks())
+    finally:
+        await cluster.set_read_only(False)
+        await cluster.mend()
     await driver.drop(name)
 
 

@@ -17,7 +17,7 @@ async def test_one_kind_does_not_hold_up_another(works: Works) -> None:
     reconciler = works.reconciler(concurrency=BackupProvisioner.at_once)
     reconciler.start()
     await works.until(lambda row: row.state == "ready")
-    works.engine.hold()
+    gate = works.engine.hold()
     for name in long:
         await works.order(name)
     reconciler.wake()
@@ -36,6 +36,7 @@ async def test_one_kind_does_not_hold_up_another(works: Works) -> None:
     held = [await works.find(name) for name in long]
     assert {row and row.state for row in held} == {PROVISIONING}
     assert [name for what, name in works.engine.calls if what == "apply"] == ["db_1", *long[:-1]]
+    gate.set()
 
 
 async def test_orders_go_before_looks(works: Works) -> None:
