@@ -48,5 +48,6 @@ class Table:
         lost = sum(row.lost is not None for row in self.rows.values())
         yield f"{faults} faults, {lost} losses"
         if not EVERYTHING:
-            yield "Left out: on MongoDB and ClickHouse commits and files, which are as on the others; and of schedules,"
-            yield "verifications and undeletes two moments of three. HTX_FAULTS=everything has them all."
+            yield "Left out: commits and files on MongoDB and ClickHouse, which are as on the others;"
+            yield "two moments of three on ClickHouse, and of schedules, verifications, undeletes and forgetting."
+            yield "HTX_FAULTS=everything has them all."

@@ -380,5 +380,5 @@ TRANSITIONS = (
     Transition(name="delete a backup", prepare=_have_two_backups, order=_delete_backup, check=_has_deleted_backup),
     Transition(name="delete", order=_delete, check=_is_deleted, bring_back=_have_undeleted),
     Transition(name="undelete", prepare=_have_deleted, order=_undelete, check=_is_undeleted, stride=3),
-    Transition(name="forget", prepare=_have_lived, order=_forget, check=_is_forgotten, is_own=True),
+    Transition(name="forget", prepare=_have_lived, order=_forget, check=_is_forgotten, is_own=True, stride=3),
 )
