@@ -138,6 +138,18 @@ class NotYet(Exception):
         self.waiting_on = waiting_on
 
 
+async def check_lease(store: Store, clock: Clock, row: Reconciled) -> None:
+    """Raise NotYet unless the row is still ours: for right before what cannot be undone.
+
+    A process that was paused may have been overtaken meanwhile. What it does in the moment after it has asked, nobody
+    can take back; so ask as late as can be.
+    """
+    model = type(row)
+    mine = select(model.id).where(*_is_mine(model, row), col(model.lease_until) > clock.now(), _same_order(model, row))
+    if not await store.fetch(mine):
+        raise NotYet("another server", "Another server goes on with this.")
+
+
 RowT = TypeVar("RowT", bound=Reconciled)
 Outcome = Settled | Failed | Gone
 

@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Mapping
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 from sqlalchemy import bindparam, update
@@ -19,7 +20,7 @@ from controlplane.clock import Clock
 from controlplane.databases.engines.engine import Busy, ClusterUnavailable, Engine, EngineError, Target
 from controlplane.databases.model import Database
 from controlplane.databases.names import name_aside
-from controlplane.reconcile import DELETING, FAILED, Gone, News, NotYet, Outcome, Settled
+from controlplane.reconcile import DELETING, FAILED, Gone, News, NotYet, Outcome, Settled, check_lease
 from controlplane.sql import Store
 
 _TELL_EVERY = timedelta(seconds=2)
@@ -155,7 +156,9 @@ class BackupProvisioner:
             storage_gb=sku.storage_gb,
         )
         try:
-            await self._vault.restore(engine, identity, aside)
+            await self._vault.restore(
+                engine, identity, aside, check=partial(check_lease, self._store, self._clock, row)
+            )
         except BrokenBackup as error:
             return str(error)
         except (ClusterUnavailable, Busy):

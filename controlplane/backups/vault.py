@@ -10,6 +10,7 @@ from controlplane.backups.storage import BackupStorage
 from controlplane.databases.engines.engine import Contents, Engine, Target
 from controlplane.keys import Keys
 
+Check = Callable[[], Awaitable[None]]
 Progress = Callable[[int], Awaitable[None]]  # told how many bytes are written
 
 
@@ -39,14 +40,16 @@ class Vault:
             await self._storage.write(identity.manifest_name, _whole(write_manifest(manifest, keys=self._keys)))
         return await self._read_manifest(identity)
 
-    async def restore(self, engine: Engine, identity: Identity, target: Target) -> None:
+    async def restore(self, engine: Engine, identity: Identity, target: Target, *, check: Check) -> None:
         """Make a database of a backup, in place of what has the target's name, and compare the two.
 
-        Raises BrokenBackup if the backup is not what was written or not this one, and if the database holds anything
-        else afterwards; what is there then must not be used.
+        `check` is asked right before what is there is dropped; what it raises ends the restore. Raises BrokenBackup if
+        the backup is not what was written or not this one, and if the database holds anything else afterwards; what is
+        there then must not be used.
         """
         try:
             manifest = await self._read_manifest(identity)
+            await check()
             await engine.drop(target.name)
             await engine.apply(target)
             async with (

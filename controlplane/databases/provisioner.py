@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 from sqlalchemy import func
@@ -27,7 +28,7 @@ from controlplane.databases.schedule import next_run
 from controlplane.errors import QuotaExceeded
 from controlplane.events.feed import Feed
 from controlplane.keys import Keys
-from controlplane.reconcile import DELETING, Failed, Gone, News, NotYet, Outcome, Settled
+from controlplane.reconcile import DELETING, Failed, Gone, News, NotYet, Outcome, Settled, check_lease
 from controlplane.sql import Store
 
 _FIRST_LOOK = timedelta(seconds=5)  # its size and sessions are shown soon, and the order need not wait for them
@@ -156,7 +157,8 @@ class DatabaseProvisioner:
         aside = replace(self._target(row), password=secrets.token_urlsafe(24), login=True)
         self._restores += 1
         try:
-            await self._vault.restore(engine, identity_of(backup, source), aside)
+            check = partial(check_lease, self._store, self._clock, row)
+            await self._vault.restore(engine, identity_of(backup, source), aside, check=check)
         except BrokenBackup as error:
             return Failed(f"The backup cannot be restored: {error}")
         except (ClusterUnavailable, Busy) as error:
@@ -182,6 +184,7 @@ class DatabaseProvisioner:
         backups, leaving = counted[0]
         if leaving:
             raise NotYet(f"{leaving} backups that are removed first", "Its backups are being removed.")
+        await check_lease(self._store, self._clock, row)
         await engine.drop(row.object_name)
         if not backups:
             return Gone()

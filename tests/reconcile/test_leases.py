@@ -9,7 +9,7 @@ from sqlmodel import col, select
 
 from controlplane import reconcile
 from controlplane.databases.model import PROVISIONING, Database
-from controlplane.reconcile import DELETING, LEASE
+from controlplane.reconcile import DELETING, LEASE, NotYet, check_lease
 from tests.reconcile.conftest import LOOK_EVERY, Works
 from tests.stack import eventually
 
@@ -74,6 +74,30 @@ async def test_an_outcome_without_the_lease_is_not_applied(works: Works) -> None
     assert row.lease_token not in {None, before.lease_token}
     works.engine.release()
     await works.until(lambda row: row.state == "ready")
+
+
+async def test_who_was_overtaken_learns_it_before_a_drop(works: Works) -> None:
+    """A row is ours until its lease runs out, somebody else takes it, or it is ordered anew."""
+    works.engine.hold()
+    await works.order()
+    works.reconciler().start()
+    await works.entered()
+    row = await works.find()
+    assert row is not None
+    await check_lease(works.store, works.clock, row)
+    works.clock.advance(PAST_LEASE)
+    with pytest.raises(NotYet, match="Another server goes on"):
+        await check_lease(works.store, works.clock, row)
+    works.reconciler().start()
+    await works.entered()
+    taken = await works.find()
+    assert taken is not None
+    await check_lease(works.store, works.clock, taken)
+    with pytest.raises(NotYet):
+        await check_lease(works.store, works.clock, row)
+    await works.order_again(DELETING)
+    with pytest.raises(NotYet):
+        await check_lease(works.store, works.clock, taken)
 
 
 async def test_a_lease_is_renewed_while_the_step_runs(works: Works, monkeypatch: pytest.MonkeyPatch) -> None:
