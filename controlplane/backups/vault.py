@@ -1,5 +1,6 @@
 """A backup as one thing: its sealed file and the manifest that makes it a backup; written, restored and removed."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from datetime import datetime
@@ -7,8 +8,12 @@ from datetime import datetime
 from controlplane.backups.manifest import Manifest, read_manifest, write_manifest
 from controlplane.backups.sealed import BrokenBackup, Identity, Sealing, open_sealed
 from controlplane.backups.storage import BackupStorage
-from controlplane.databases.engines.engine import Contents, Engine, Target
+from controlplane.databases.engines.engine import ClusterUnavailable, Contents, Engine, Target
 from controlplane.keys import Keys
+
+# A dump that waits for a customer's lock may say nothing for long; but a cluster that has frozen is not to keep others'
+# backups waiting for as long as this one may take.
+_LONGEST_SILENCE = 600.0
 
 Check = Callable[[], Awaitable[None]]
 Progress = Callable[[int], Awaitable[None]]  # told how many bytes are written
@@ -25,7 +30,7 @@ class Vault:
         """Back a database up, unless that has been done; return what the backup holds."""
         if not await self._storage.exists(identity.manifest_name):
             async with engine.dump(identity.object_name) as dump:
-                sealing = Sealing(dump.chunks(), keys=self._keys, identity=identity)
+                sealing = Sealing(_unless_silent(dump.chunks()), keys=self._keys, identity=identity)
                 written = await self._storage.write(identity.file_name, _told(sealing, progress))
                 contents = dump.contents()
             manifest = Manifest(
@@ -84,6 +89,19 @@ def _difference(wanted: Contents, found: Contents) -> str | None:
         if before.checksum != after.checksum:
             return f"the rows of the table {name} differ"
     return None
+
+
+async def _unless_silent(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Raise ClusterUnavailable once nothing has come for too long."""
+    while True:
+        try:
+            async with asyncio.timeout(_LONGEST_SILENCE):
+                chunk = await anext(chunks)
+        except StopAsyncIteration:
+            return
+        except TimeoutError as error:
+            raise ClusterUnavailable("The database cluster has stopped in the middle of the backup.") from error
+        yield chunk
 
 
 async def _told(chunks: AsyncIterator[bytes], progress: Progress) -> AsyncIterator[bytes]:

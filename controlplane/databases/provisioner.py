@@ -33,7 +33,7 @@ from controlplane.sql import Store
 
 _FIRST_LOOK = timedelta(seconds=5)  # its size and sessions are shown soon, and the order need not wait for them
 _RESTORES_AT_ONCE = 4  # of the steps that may run, so that ordering a new database is quick all the same
-_RESTORE_TRIES = 10
+_RESTORE_TRIES = 40  # about twenty minutes of a cluster that is away, and an end for a dump that only looks like that
 
 
 class DatabaseProvisioner:

@@ -5,9 +5,9 @@ from datetime import timedelta
 import asyncpg
 import pytest
 
-from controlplane.backups import provisioner
+from controlplane.backups import provisioner, vault
 from tests.backups.rest import DATABASES, connection_of, path_of
-from tests.stack import Customer
+from tests.stack import Customer, eventually
 
 
 async def test_the_size_grows(customer: Customer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,3 +31,23 @@ async def test_the_size_grows(customer: Customer, monkeypatch: pytest.MonkeyPatc
     assert len(set(sizes)) > 3
     assert 0 < sizes[0] < sizes[-1] <= backup["size_bytes"]
     assert backup["size_bytes"] > 4000 * 6400
+
+
+async def test_a_silent_dump_is_given_up(customer: Customer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dump of which nothing comes for too long makes room for others, and is tried again."""
+    monkeypatch.setattr(vault, "_LONGEST_SILENCE", 0.5)
+    await customer.create_database("analytics")
+    tenant = await asyncpg.connect((await connection_of(customer, "analytics"))["uri"])
+    await tenant.execute("CREATE TABLE notes (text TEXT)")
+    async with tenant.transaction():
+        await tenant.execute("LOCK TABLE notes IN ACCESS EXCLUSIVE MODE")
+        backup = (await customer.call("POST", f"{DATABASES}/analytics/backups")).json()
+
+        async def given_up() -> bool:
+            progress = (await customer.call("GET", path_of(backup))).json()["progress"]
+            return "stopped in the middle" in progress.get("last_error", "")
+
+        assert await eventually(given_up)
+    monkeypatch.undo()
+    await tenant.close()
+    await customer.until("completed", path_of(backup))
