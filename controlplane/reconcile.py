@@ -139,13 +139,13 @@ class NotYet(Exception):
 
 
 async def check_lease(store: Store, clock: Clock, row: Reconciled) -> None:
-    """Raise NotYet unless the row is still ours: for right before what cannot be undone.
+    """Raise NotYet unless the row is still ours: for whoever holds a lock that keeps all others from what he changes.
 
-    A process that was paused may have been overtaken meanwhile. What it does in the moment after it has asked, nobody
-    can take back; so ask as late as can be.
+    A process that was paused may have been overtaken meanwhile. An order that has come since changes nothing: nobody
+    else takes its step before we have ended ours.
     """
     model = type(row)
-    mine = select(model.id).where(*_is_mine(model, row), col(model.lease_until) > clock.now(), _same_order(model, row))
+    mine = select(model.id).where(*_is_mine(model, row), col(model.lease_until) > clock.now())
     if not await store.fetch(mine):
         raise NotYet("another server", "Another server goes on with this.")
 

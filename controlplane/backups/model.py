@@ -2,8 +2,8 @@
 
 from datetime import datetime, timedelta
 
-from sqlalchemy import BigInteger, Index
-from sqlmodel import Field
+from sqlalchemy import BigInteger, Index, bindparam
+from sqlmodel import Field, col, select
 
 from controlplane.api.v1 import backups_pb2
 from controlplane.databases.model import Database
@@ -38,9 +38,16 @@ class Backup(Reconciled, table=True):
     verification_error: str | None = None
 
 
+NEWEST = (
+    select(Backup)
+    .where(col(Backup.database_id) == bindparam("database_id"), col(Backup.state) == COMPLETED)
+    .order_by(col(Backup.id).desc())
+    .limit(1)
+)
+
+
 def new_backup(database: Database, *, trigger: str, now: datetime) -> Backup:
-    """Return the order of a backup; a scheduled one expires by the database's retention."""
-    days = database.backup_days_kept if trigger == SCHEDULED else None
+    """Return the order of a backup."""
     backup = Backup(
         id=new_id("bk"),
         account_id=database.account_id,
@@ -49,10 +56,16 @@ def new_backup(database: Database, *, trigger: str, now: datetime) -> Backup:
         state=RUNNING,
         generation=0,
         created_at=now,
-        expires_at=now + timedelta(days=days) if days else None,
+        expires_at=expiry(database, trigger=trigger, created_at=now),
     )
     backup.order(RUNNING, now=now, within=DEADLINE, waiting_on=f"cluster {database.cluster_target}")
     return backup
+
+
+def expiry(database: Database, *, trigger: str, created_at: datetime) -> datetime | None:
+    """Return when a backup of the database expires: a scheduled one by the retention, if that is by days."""
+    days = database.backup_days_kept if trigger == SCHEDULED else None
+    return created_at + timedelta(days=days) if days else None
 
 
 def order_deletion(backup: Backup, *, now: datetime) -> None:

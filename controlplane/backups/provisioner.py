@@ -6,33 +6,26 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
 
-from sqlalchemy import bindparam, update
+from sqlalchemy import update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
 
 from controlplane.access import quota
-from controlplane.backups.model import COMPLETED, RUNNING, SCHEDULED, TO_DELETE, Backup, order_deletion
+from controlplane.backups.model import COMPLETED, NEWEST, RUNNING, SCHEDULED, TO_DELETE, Backup, order_deletion
 from controlplane.backups.sealed import BrokenBackup, Identity
-from controlplane.backups.storage import StorageUnavailable
-from controlplane.backups.vault import Progress, Vault
+from controlplane.backups.vault import Progress, Vault, identity_of
 from controlplane.catalog.model import Catalog
 from controlplane.clock import Clock
-from controlplane.databases.engines.engine import Busy, ClusterUnavailable, Engine, EngineError, Target
+from controlplane.databases.engines.engine import Busy, ClusterUnavailable, Engine, EngineError
 from controlplane.databases.model import Database
 from controlplane.databases.names import name_aside
-from controlplane.reconcile import DELETING, FAILED, Gone, News, NotYet, Outcome, Settled, check_lease
+from controlplane.databases.target import as_not_yet, engine_of, target_of
+from controlplane.reconcile import DELETING, FAILED, Gone, News, Outcome, Settled, check_lease
 from controlplane.sql import Store
 
 _TELL_EVERY = timedelta(seconds=2)
 _VERIFY_AGAIN = timedelta(days=7)
 _LOOK_AGAIN = timedelta(days=1)  # at what failed its verification, or is kept beyond its time
-
-_NEWEST = (
-    select(Backup.id)
-    .where(col(Backup.database_id) == bindparam("database_id"), col(Backup.state) == COMPLETED)
-    .order_by(col(Backup.id).desc())
-    .limit(1)
-)
 
 
 class BackupProvisioner:
@@ -67,19 +60,13 @@ class BackupProvisioner:
         found = await self._store.fetch(select(Database).where(col(Database.id) == row.database_id))
         database: Database = found[0]
         identity = identity_of(row, database)
-        try:
+        with as_not_yet(database):
             if row.state == DELETING:
                 await self._vault.remove(identity)
                 return Gone()
             if row.state == RUNNING:
                 return await self._write(row, database, identity)
             return await self._look(row, database, identity)
-        except StorageUnavailable as error:
-            raise NotYet("the storage of backups", str(error)) from error
-        except (ClusterUnavailable, Busy) as error:
-            raise NotYet(f"cluster {database.cluster_target}", str(error)) from error
-        except EngineError as error:
-            raise NotYet("the provider", str(error)) from error
 
     async def follow_up(self, session: AsyncSession, row: Backup, outcome: Outcome) -> None:
         """Give back the quota of what is gone; order away what a new backup makes superfluous."""
@@ -89,7 +76,7 @@ class BackupProvisioner:
             await self._retain(session, row)
 
     async def _write(self, row: Backup, database: Database, identity: Identity) -> Outcome:
-        engine = self._engine_of(database)
+        engine = engine_of(database, self._engines)
         now = self._clock.now()
         manifest = await self._vault.write(engine, identity, now=now, progress=self._progress(row))
         completed_at = self._clock.now()
@@ -122,7 +109,7 @@ class BackupProvisioner:
         The newest one of a database that is alive stays beyond its time: the one after it may never come.
         """
         now = self._clock.now()
-        newest = await self._store.fetch(_NEWEST, {"database_id": row.database_id})
+        newest = await self._store.fetch(NEWEST, {"database_id": row.database_id})
         is_newest = bool(newest) and newest[0].id == row.id  # none if it was ordered away meanwhile
         is_alive = database.deleted_at is None and database.state != DELETING
         if row.expires_at is not None and row.expires_at <= now:
@@ -144,21 +131,12 @@ class BackupProvisioner:
 
     async def _verify(self, row: Backup, database: Database, identity: Identity) -> str | None:
         """Restore the backup aside, compare, and drop it again; return why that cannot be done, None if it can."""
-        engine = self._engine_of(database)
-        sku = self._catalog.find_sku(database.sku)
-        if sku is None:
-            raise NotYet("the provider", f"The provider no longer has the size {database.sku}: choose another.")
-        aside = Target(
-            name=name_aside(database.object_name, row.id),
-            password=secrets.token_urlsafe(24),
-            connections=sku.connections,
-            memory_mb=sku.memory_mb,
-            storage_gb=sku.storage_gb,
-        )
+        engine = engine_of(database, self._engines)
+        name, password = name_aside(database.object_name, row.id), secrets.token_urlsafe(24)
+        aside = target_of(database, self._catalog, name=name, password=password)
+        check = partial(check_lease, self._store, self._clock, row)
         try:
-            await self._vault.restore(
-                engine, identity, aside, check=partial(check_lease, self._store, self._clock, row)
-            )
+            await self._vault.restore(engine, identity, aside, check=check)
         except BrokenBackup as error:
             return str(error)
         except (ClusterUnavailable, Busy):
@@ -166,7 +144,7 @@ class BackupProvisioner:
         except EngineError as error:
             return f"It could not be restored: {error}"
         finally:
-            await engine.drop(aside.name)
+            await engine.drop(name)
         return None
 
     async def _retain(self, session: AsyncSession, row: Backup) -> None:
@@ -183,23 +161,6 @@ class BackupProvisioner:
             too_many = database.backups_kept is not None and kept > database.backups_kept
             if backup.id < row.id and (backup.state == FAILED or too_many):
                 order_deletion(backup, now=self._clock.now())
-
-    def _engine_of(self, database: Database) -> Engine:
-        engine = self._engines.get(database.cluster_target)
-        if engine is None:
-            raise NotYet(f"cluster {database.cluster_target}", "The provider has taken this cluster out of service.")
-        return engine
-
-
-def identity_of(backup: Backup, database: Database) -> Identity:
-    """Return which backup it is, as its files have it."""
-    return Identity(
-        account_id=backup.account_id,
-        database_id=backup.database_id,
-        object_name=database.object_name,
-        backup_id=backup.id,
-        engine=database.engine,
-    )
 
 
 def _earliest(*times: datetime | None) -> datetime:

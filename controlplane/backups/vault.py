@@ -6,16 +6,17 @@ from contextlib import aclosing
 from datetime import datetime
 
 from controlplane.backups.manifest import Manifest, read_manifest, write_manifest
+from controlplane.backups.model import Backup
 from controlplane.backups.sealed import BrokenBackup, Identity, Sealing, open_sealed
 from controlplane.backups.storage import BackupStorage
-from controlplane.databases.engines.engine import ClusterUnavailable, Contents, Engine, Target
+from controlplane.databases.engines.engine import Check, ClusterUnavailable, Contents, Engine, Target
+from controlplane.databases.model import Database
 from controlplane.keys import Keys
 
 # A dump that waits for a customer's lock may say nothing for long; but a cluster that has frozen is not to keep others'
 # backups waiting for as long as this one may take.
 _LONGEST_SILENCE = 600.0
 
-Check = Callable[[], Awaitable[None]]
 Progress = Callable[[int], Awaitable[None]]  # told how many bytes are written
 
 
@@ -48,15 +49,14 @@ class Vault:
     async def restore(self, engine: Engine, identity: Identity, target: Target, *, check: Check) -> None:
         """Make a database of a backup, in place of what has the target's name, and compare the two.
 
-        `check` is asked right before what is there is dropped; what it raises ends the restore. Raises BrokenBackup if
-        the backup is not what was written or not this one, and if the database holds anything else afterwards; what is
-        there then must not be used.
+        `check` is what the engine asks before it changes anything (see `Engine`). Raises BrokenBackup if the backup is
+        not what was written or not this one, and if the database holds anything else afterwards; what is there then
+        must not be used.
         """
         try:
             manifest = await self._read_manifest(identity)
-            await check()
-            await engine.drop(target.name)
-            await engine.apply(target)
+            await engine.drop(target.name, check=check)
+            await engine.apply(target, check=check)
             async with (
                 aclosing(self._storage.read(identity.file_name)) as sealed,
                 aclosing(open_sealed(sealed, keys=self._keys, identity=identity)) as chunks,
@@ -76,6 +76,17 @@ class Vault:
     async def _read_manifest(self, identity: Identity) -> Manifest:
         raw = b"".join([chunk async for chunk in self._storage.read(identity.manifest_name)])
         return read_manifest(raw, keys=self._keys, identity=identity)
+
+
+def identity_of(backup: Backup, database: Database) -> Identity:
+    """Return which backup it is, as its files have it."""
+    return Identity(
+        account_id=backup.account_id,
+        database_id=backup.database_id,
+        object_name=database.object_name,
+        backup_id=backup.id,
+        engine=database.engine,
+    )
 
 
 def _difference(wanted: Contents, found: Contents) -> str | None:

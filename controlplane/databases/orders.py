@@ -4,7 +4,6 @@ The same for each: the name is free, the plan has room for it, and a cluster tak
 """
 
 import secrets
-from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import bindparam
@@ -14,7 +13,7 @@ from sqlmodel import col, select
 
 from controlplane.access import quota
 from controlplane.api.v1 import databases_pb2
-from controlplane.backups.model import COMPLETED, SCHEDULED, Backup
+from controlplane.backups.model import NEWEST, Backup, expiry
 from controlplane.catalog.model import Catalog, Sku
 from controlplane.clock import Clock
 from controlplane.databases import placement
@@ -38,13 +37,6 @@ _DELETED_BY_NAME = (
     select(Database)
     .where(col(Database.account_id) == bindparam("account_id"), col(Database.former_name) == bindparam("name"))
     .order_by(col(Database.deleted_at).desc())
-    .limit(1)
-    .with_for_update()
-)
-_NEWEST_BACKUP = (
-    select(Backup)
-    .where(col(Backup.database_id) == bindparam("database_id"), col(Backup.state) == COMPLETED)
-    .order_by(col(Backup.id).desc())
     .limit(1)
     .with_for_update()
 )
@@ -115,8 +107,7 @@ class DatabaseOrders:
         await self._charge(call, "databases", database.id)
         await self._charge(call, "backups", backup.id)
         cluster = await placement.place(call.session, self._catalog, engine=database.engine, region=database.region)
-        days = database.backup_days_kept if backup.trigger == SCHEDULED else None
-        backup.expires_at = backup.created_at + timedelta(days=days) if days else None
+        backup.expires_at = expiry(database, trigger=backup.trigger, created_at=backup.created_at)
         backup.generation += 1  # or a look that is under way could still end it
         backup.observed_generation += 1
         database.name, database.former_name, database.deleted_at, database.undelete_until = name, None, None, None
@@ -206,6 +197,6 @@ async def lock_database(session: AsyncSession, *, account_id: str, name: str) ->
 
 async def newest_backup(session: AsyncSession, database_id: str) -> Backup | None:
     """Return the newest completed backup of a database for a change, if there is one."""
-    found = await session.execute(_NEWEST_BACKUP, {"database_id": database_id})
+    found = await session.execute(NEWEST.with_for_update(), {"database_id": database_id})
     backup: Backup | None = found.scalar_one_or_none()
     return backup

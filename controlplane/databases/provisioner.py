@@ -15,16 +15,15 @@ from sqlmodel import col, select
 from controlplane.access import quota
 from controlplane.accounts.model import Account
 from controlplane.backups.model import COMPLETED, RUNNING, SCHEDULED, Backup, new_backup
-from controlplane.backups.provisioner import identity_of
 from controlplane.backups.sealed import BrokenBackup
-from controlplane.backups.storage import StorageUnavailable
-from controlplane.backups.vault import Vault
+from controlplane.backups.vault import Vault, identity_of
 from controlplane.catalog.model import Catalog
 from controlplane.clock import Clock
 from controlplane.databases import placement
-from controlplane.databases.engines.engine import Busy, ClusterUnavailable, Engine, EngineError, Missing, Target
+from controlplane.databases.engines.engine import Busy, Check, ClusterUnavailable, Engine, EngineError, Missing
 from controlplane.databases.model import DELETED, READY, STOPPED, Database, password_binding
 from controlplane.databases.schedule import next_run
+from controlplane.databases.target import as_not_yet, engine_of, target_of
 from controlplane.errors import QuotaExceeded
 from controlplane.events.feed import Feed
 from controlplane.keys import Keys
@@ -75,26 +74,19 @@ class DatabaseProvisioner:
         cluster = row.cluster_target
         if row.state == DELETED:
             return await self._end_undelete(row)
-        engine = self._engines.get(cluster)
-        if engine is None:
-            raise NotYet(f"cluster {cluster}", "The provider has taken this cluster out of service.")
+        engine = engine_of(row, self._engines)
         if cluster in self._silent and self._asking[cluster]:
             # One asks whether it is back; if all did, there would be nobody left for the other clusters.
             raise NotYet(f"cluster {cluster}", "The cluster does not answer.")
         self._asking[cluster] += 1
-        try:
-            outcome = await self._take(row, engine)
-        except Busy as error:
-            raise NotYet(f"another change of {row.name}", str(error)) from error
-        except ClusterUnavailable as error:
-            self._silent.add(cluster)
-            raise NotYet(f"cluster {cluster}", str(error)) from error
-        except StorageUnavailable as error:
-            raise NotYet("the storage of backups", str(error)) from error
-        except EngineError as error:
-            raise NotYet("the provider", str(error)) from error
-        finally:
-            self._asking[cluster] -= 1
+        with as_not_yet(row):
+            try:
+                outcome = await self._take(row, engine)
+            except ClusterUnavailable:
+                self._silent.add(cluster)
+                raise
+            finally:
+                self._asking[cluster] -= 1
         self._silent.discard(cluster)
         return outcome
 
@@ -124,8 +116,16 @@ class DatabaseProvisioner:
     async def _apply(self, row: Database, engine: Engine) -> Outcome:
         """Make the cluster match the row; where it did already, tell what had changed there behind our back."""
         is_look = row.observed_generation == row.generation
+        target = target_of(
+            row,
+            self._catalog,
+            name=row.object_name,
+            password=self._keys.decrypt(row.password_sealed, bound_to=password_binding(row)).decode(),
+            login=not row.stopped,
+            exists=row.observed_generation > 0,
+        )
         try:
-            differed = await engine.apply(self._target(row, exists=row.observed_generation > 0))
+            differed = await engine.apply(target, check=self._check(row))
         except Missing:
             return Failed(
                 "The database is not on its cluster any more. Restore a backup of it into a new one, and delete it."
@@ -154,11 +154,10 @@ class DatabaseProvisioner:
         backup = backups[0]
         source = (await self._store.fetch(select(Database).where(col(Database.id) == backup.database_id)))[0]
         # With another password: nobody is to get in before it is whole. It becomes the row's own by the step after.
-        aside = replace(self._target(row), password=secrets.token_urlsafe(24), login=True)
+        aside = target_of(row, self._catalog, name=row.object_name, password=secrets.token_urlsafe(24))
         self._restores += 1
         try:
-            check = partial(check_lease, self._store, self._clock, row)
-            await self._vault.restore(engine, identity_of(backup, source), aside, check=check)
+            await self._vault.restore(engine, identity_of(backup, source), aside, check=self._check(row))
         except BrokenBackup as error:
             return Failed(f"The backup cannot be restored: {error}")
         except (ClusterUnavailable, Busy) as error:
@@ -184,8 +183,7 @@ class DatabaseProvisioner:
         backups, leaving = counted[0]
         if leaving:
             raise NotYet(f"{leaving} backups that are removed first", "Its backups are being removed.")
-        await check_lease(self._store, self._clock, row)
-        await engine.drop(row.object_name)
+        await engine.drop(row.object_name, check=self._check(row))
         if not backups:
             return Gone()
         gives_up = {"name": row.id, "former_name": row.name, "deleted_at": self._clock.now(), "next_backup_at": None}
@@ -197,19 +195,8 @@ class DatabaseProvisioner:
             raise NotYet("its last backup", "Its last backup is being removed.")
         return Gone()
 
-    def _target(self, row: Database, *, exists: bool = False) -> Target:
-        sku = self._catalog.find_sku(row.sku)
-        if sku is None:
-            raise NotYet("the provider", f"The provider no longer has the size {row.sku}: choose another.")
-        return Target(
-            name=row.object_name,
-            password=self._keys.decrypt(row.password_sealed, bound_to=password_binding(row)).decode(),
-            connections=sku.connections,
-            memory_mb=sku.memory_mb,
-            storage_gb=sku.storage_gb,
-            login=not row.stopped,
-            exists=exists,
-        )
+    def _check(self, row: Database) -> Check:
+        return partial(check_lease, self._store, self._clock, row)
 
     def _is_backup_due(self, row: Database) -> bool:
         return row.next_backup_at is not None and row.next_backup_at <= self._clock.now()

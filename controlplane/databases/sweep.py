@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import structlog
@@ -24,10 +25,11 @@ from sqlmodel import Field, SQLModel, col, select
 from controlplane.backups.model import DEADLINE, Backup
 from controlplane.backups.storage import BackupStorage, StorageUnavailable
 from controlplane.clock import Clock
-from controlplane.databases.engines.engine import Busy, ClusterUnavailable, Engine, EngineError
+from controlplane.databases.engines.engine import Busy, Check, ClusterUnavailable, Engine, EngineError, unchecked
 from controlplane.databases.model import Database
 from controlplane.databases.names import prefix_of_ours
 from controlplane.observe.metrics import Metrics
+from controlplane.reconcile import NotYet, check_lease
 from controlplane.sql import Store, UtcDateTime
 
 STORAGE = "backup_storage"  # the place that is no cluster; with an underscore, which no cluster's name has
@@ -164,18 +166,19 @@ class Sweep:
         if place == STORAGE:
             await self._storage.remove(name)  # a backup's row never comes back
             return True
-        async with self._kept_free(name) as is_free:
-            if is_free:
-                with suppress(Busy):
-                    await self._engines[place].drop(name)
+        async with self._kept_free(name) as check:
+            if check is not None:
+                with suppress(Busy, NotYet):
+                    await self._engines[place].drop(name, check=check)
                     return True
         return False
 
     @asynccontextmanager
-    async def _kept_free(self, name: str) -> AsyncIterator[bool]:
-        """Keep whoever may come to own a name from making anything of it; False if somebody owns it by now.
+    async def _kept_free(self, name: str) -> AsyncIterator[Check | None]:
+        """Keep whoever may come to own a name from making anything of it; None if somebody owns it by now.
 
-        A deleted database may come back, and a backup be verified again: each by a step, which takes a lease first.
+        A deleted database may come back, and a backup be verified again: each by a step, which takes a lease first. The
+        check tells whether it is ours that keeps him from it.
         """
         lease = secrets.token_hex(16)
         async with self._store.session() as session:
@@ -185,13 +188,15 @@ class Sweep:
             if heir is not None and is_free:
                 heir.lease_token, heir.lease_until = lease, now + _LEASE
             await session.commit()
+        if heir is None or not is_free:
+            yield unchecked if is_free else None
+            return
         try:
-            yield is_free
+            yield partial(check_lease, self._store, self._clock, heir)
         finally:
-            if heir is not None and is_free:
-                model = type(heir)
-                mine = update(model).where(col(model.id) == heir.id, col(model.lease_token) == lease)
-                await self._write(mine.values(lease_token=None, lease_until=None))
+            model = type(heir)
+            mine = update(model).where(col(model.id) == heir.id, col(model.lease_token) == lease)
+            await self._write(mine.values(lease_token=None, lease_until=None))
 
     async def _write(self, statement: Executable, parameters: Any = None) -> bool:
         async with self._store.session() as session:

@@ -1,43 +1,36 @@
-"""What the tests of backups share: a cluster of each engine, a stack on all four, and a bucket."""
+"""What the tests of backups share: a stack on clusters of all four engines, and a bucket."""
 
-import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
 
 from controlplane.catalog.model import Catalog
+from tests import clusters
 from tests.backups.seaweed import Seaweed, running
 from tests.backups.servers import Servers
-from tests.faults.clusters import Cluster, clickhouse, mongodb, new_mysql
+from tests.clusters import Cluster, entries
 from tests.reconcile.conftest import Works
 from tests.stack import Customer, Stack
 
 
-@pytest.fixture(scope="session")
-async def other_clusters(folder: Path) -> AsyncIterator[dict[str, Cluster]]:
-    """A cluster of each engine but PostgreSQL, by engine; they start all at once."""
-    starts = (
-        new_mysql(folder / "backups-mysql"),
-        mongodb(folder / "backups-mongodb"),
-        clickhouse(folder / "backups-clickhouse"),
-    )
-    async with AsyncExitStack() as started:
-        clusters = await asyncio.gather(*(started.enter_async_context(start) for start in starts))
-        yield {cluster.engine: cluster for cluster in clusters}
+def pytest_configure(config: pytest.Config) -> None:
+    """Have the clusters' fixture, unless another folder's conftest has brought it."""
+    if not config.pluginmanager.is_registered(clusters):
+        config.pluginmanager.register(clusters)
 
 
 @pytest.fixture(scope="session")
-async def all_engines(folder: Path, catalog: Path, other_clusters: dict[str, Cluster]) -> AsyncIterator[Stack]:
+def by_engine(all_clusters: list[Cluster]) -> dict[str, Cluster]:
+    """The clusters by engine."""
+    return {cluster.engine: cluster for cluster in all_clusters}
+
+
+@pytest.fixture(scope="session")
+async def all_engines(folder: Path, catalog: Path, all_clusters: list[Cluster]) -> AsyncIterator[Stack]:
     """A stack whose catalogue has a cluster of each engine, and which verifies each backup at once."""
-    entries = (
-        f'\n[[clusters]]\nname = "local-{cluster.engine}"\nengine = "{cluster.engine}"\nregion = "local"\n'
-        f"admin = '{cluster.admin_url}'\nhost = \"127.0.0.1\"\nport = {cluster.port}\ncapacity = 1000\n"
-        for cluster in other_clusters.values()
-    )
     file = folder / "all-engines.toml"
-    file.write_text("".join((catalog.read_text(), *entries)))  # noqa: ASYNC240
+    file.write_text(catalog.read_text() + entries(all_clusters[1:]))  # noqa: ASYNC240
     async with Stack(folder / "all-engines", catalog=file, verify_after=0) as stack:
         yield stack
 

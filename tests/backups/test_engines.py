@@ -25,7 +25,7 @@ from tests.backups.rest import (
     path_of,
     restore,
 )
-from tests.faults.clusters import Cluster, Refused
+from tests.clusters import Cluster, Refused
 from tests.stack import Customer, Stack, eventually
 
 Connection = dict[str, Any]
@@ -156,10 +156,10 @@ async def filled(engine: str, owner: Customer) -> Connection:
 
 
 async def test_everything_comes_back(
-    engine: str, owner: Customer, filled: Connection, other_clusters: dict[str, Cluster]
+    engine: str, owner: Customer, filled: Connection, by_engine: dict[str, Cluster]
 ) -> None:
     """The new database holds what the old one did when it was backed up, with a user and a password of its own."""
-    tenant, cluster = TENANTS[engine], other_clusters[engine]
+    tenant, cluster = TENANTS[engine], by_engine[engine]
     before = await tenant.look(filled)
     backup = await back_up(owner, "analytics")
     await tenant.change(filled)
@@ -180,7 +180,7 @@ async def test_everything_comes_back(
 
 
 async def test_a_damaged_backup_is_not_restored(
-    engine: str, all_engines: Stack, owner: Customer, filled: Connection, other_clusters: dict[str, Cluster]
+    engine: str, all_engines: Stack, owner: Customer, filled: Connection, by_engine: dict[str, Cluster]
 ) -> None:
     """A changed bit is found, the reason is told, nobody gets in, and the deletion leaves nothing."""
     backup = await back_up(owner, "analytics")
@@ -193,11 +193,11 @@ async def test_a_damaged_backup_is_not_restored(
     assert failed["progress"]["last_error"].startswith("The backup cannot be restored: The backup was changed")
     assert (await owner.call("GET", f"{DATABASES}/copy/connection")).status_code == 409
     await delete(owner, "copy")
-    assert await other_clusters[engine].driver.names(name) == set()
+    assert await by_engine[engine].driver.names(name) == set()
 
 
 async def test_a_new_backup_is_verified(
-    engine: str, owner: Customer, filled: Connection, other_clusters: dict[str, Cluster]
+    engine: str, owner: Customer, filled: Connection, by_engine: dict[str, Cluster]
 ) -> None:
     """It is restored aside and compared; that is told, and nothing is left of it on the cluster."""
     backup = await back_up(owner, "analytics")
@@ -208,4 +208,4 @@ async def test_a_new_backup_is_verified(
     await eventually(verified)
     assert [event["resource_id"] for event in await events_of(owner, "backup.verified")] == [backup["id"]]
     aside = f"{filled['database'].partition('_')[0]}_{backup['id'].partition('_')[2]}"
-    assert await other_clusters[engine].driver.names(aside) == set()
+    assert await by_engine[engine].driver.names(aside) == set()

@@ -6,7 +6,17 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
-from controlplane.databases.engines.engine import Connection, Contents, Dump, EngineError, Missing, Observation, Target
+from controlplane.databases.engines.engine import (
+    Check,
+    Connection,
+    Contents,
+    Dump,
+    EngineError,
+    Missing,
+    Observation,
+    Target,
+    unchecked,
+)
 
 
 class FakeDump:
@@ -50,9 +60,10 @@ class FakeEngine:
         """Let those go on who wait since the last `hold`."""
         self._gate.set()
 
-    async def apply(self, target: Target) -> tuple[str, ...]:
+    async def apply(self, target: Target, *, check: Check = unchecked) -> tuple[str, ...]:
         """Keep the target, unless it should be there already and is not."""
         await self._pass("apply", target.name)
+        await check()
         before = self.databases.get(target.name)
         if before is None and target.exists:
             raise Missing
@@ -61,9 +72,10 @@ class FakeEngine:
             return ("the database",)
         return () if before == wanted else ("the user",)
 
-    async def drop(self, name: str) -> None:
+    async def drop(self, name: str, *, check: Check = unchecked) -> None:
         """Forget the target."""
         await self._pass("drop", name)
+        await check()
         self.databases.pop(name, None)
 
     async def observe(self, name: str) -> Observation | None:

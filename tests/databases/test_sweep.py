@@ -200,6 +200,25 @@ async def test_what_comes_back_meanwhile_is_not_removed(yard: Yard) -> None:
     assert yard.removed("fake") == 1
 
 
+async def test_a_sweep_that_was_overtaken_removes_nothing(yard: Yard) -> None:
+    """A database that is undeleted while a sweep is paused, for longer than its lease, stays when the sweep goes on."""
+    row = yard.database(cluster="fake", state=DELETED, deleted_at=yard.clock.now())
+    await yard.add(row)
+    await yard.appear(row.object_name, "fake")
+    gate = yard.fake.hold()
+    running = asyncio.create_task(yard.run(grace=timedelta()))
+
+    async def is_at_it() -> bool:
+        return ("drop", row.object_name) in yard.fake.calls
+
+    await eventually(is_at_it)
+    await yard.change(row, state="provisioning", deleted_at=None, **leased(yard.clock))
+    gate.set()
+    await running
+    assert (await yard.there("fake"), yard.removed("fake")) == ({row.object_name}, None)
+    assert await yard.lease_of(row) == "somebody"
+
+
 async def test_a_deletion_under_way_is_not_reported(yard: Yard) -> None:
     """What is gone when it is looked at once more, as its deletion ended meanwhile, is no orphan."""
 

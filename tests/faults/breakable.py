@@ -15,8 +15,8 @@ import pymysql
 
 from controlplane.local.mariadb import EmbeddedMariaDB
 from controlplane.local.postgres import EmbeddedPostgres, EmbeddedPostgresError
-from tests.faults import clusters
-from tests.faults.clusters import Cluster
+from tests import clusters
+from tests.clusters import Cluster
 from tests.faults.proxy import Disturbance, Proxy, proxy
 from tests.stack import free_port
 

@@ -1,30 +1,21 @@
-"""The clusters, the launcher of servers and the table, which is printed at the end."""
+"""The launcher of servers and the table, which is printed at the end."""
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
 
-from controlplane.local.postgres import EmbeddedPostgres
-from tests.faults import clusters
-from tests.faults.clusters import Cluster
+from tests import clusters
 from tests.faults.process import Launcher, launcher
 from tests.faults.table import Table
 
 _TABLE = pytest.StashKey[Table]()
 
 
-@pytest.fixture(scope="session")
-async def all_clusters(folder: Path, postgres: EmbeddedPostgres, postgres_port: int) -> AsyncIterator[list[Cluster]]:
-    """A cluster of each engine."""
-    async with AsyncExitStack() as running:
-        yield [
-            clusters.postgresql(postgres, postgres_port),
-            await running.enter_async_context(clusters.new_mysql(folder / "faults-mysql")),
-            await running.enter_async_context(clusters.mongodb(folder / "faults-mongodb")),
-            await running.enter_async_context(clusters.clickhouse(folder / "faults-clickhouse")),
-        ]
+def pytest_configure(config: pytest.Config) -> None:
+    """Have the clusters' fixture, unless another folder's conftest has brought it."""
+    if not config.pluginmanager.is_registered(clusters):
+        config.pluginmanager.register(clusters)
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from controlplane.keys import Keys
 from controlplane.migrations import migrate
 from controlplane.sql import Store, UtcDateTime
 from controlplane.tokens.model import Token
-from tests.faults.clusters import Cluster, catalog
+from tests.clusters import Cluster, entries
 from tests.faults.points import Scope
 from tests.faults.process import Launcher, Process
 from tests.stack import PASSWORD, free_port
@@ -30,6 +30,7 @@ RequestT = TypeVar("RequestT")
 AnswerT = TypeVar("AnswerT")
 Row = Mapping[str, Any]
 
+_CATALOG = Path(__file__).with_name("catalog.toml")
 SECONDS = 20.0  # within which everything is as ordered once the server is back
 _TABLES = ("databases", "backups")
 _BUSY = text(
@@ -172,7 +173,7 @@ async def new_installation(
     `scope` says which moments its server has (`points.py`). Make one after the other: Alembic knows one at a time.
     """
     folder.mkdir()  # noqa: ASYNC240
-    (folder / "catalog.toml").write_text(catalog(clusters))
+    (folder / "catalog.toml").write_text(_CATALOG.read_text() + entries(clusters))
     store = Store(database_url or f"sqlite+aiosqlite:///{folder}/controlplane.db")
     await migrate(store)
     keys, clock, secret = Keys.load(folder / "keys.json"), SystemClock(), new_token()

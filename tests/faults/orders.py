@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from controlplane.api.v1 import databases_pb2
-from tests.faults.clusters import Cluster, Refused
+from tests.clusters import Cluster, Refused
 from tests.faults.installation import Installation, Refusal
 from tests.faults.transitions import TRANSITIONS, Life, Transition, begin, new_key
 from tests.stack import eventually

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from controlplane.api.v1 import backups_pb2
+from tests.clusters import Cluster
 from tests.faults import breakable
 from tests.faults.check import check
-from tests.faults.clusters import Cluster
 from tests.faults.installation import new_installation
 from tests.faults.orders import Order, Place
 from tests.faults.process import Launcher

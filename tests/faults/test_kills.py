@@ -11,9 +11,9 @@ import pytest
 from controlplane.audit.verify import verify
 from controlplane.keys import Keys
 from controlplane.local.postgres import EmbeddedPostgres
+from tests.clusters import Cluster, Refused
 from tests.conftest import new_storage
 from tests.faults.check import check
-from tests.faults.clusters import Cluster, Refused
 from tests.faults.installation import Installation, Refusal, Uncertain, new_installation
 from tests.faults.points import Scope
 from tests.faults.process import Launcher

@@ -14,11 +14,11 @@ from controlplane.api.v1 import backups_pb2, databases_pb2
 from controlplane.databases.engines.engine import ClusterUnavailable, Target
 from controlplane.databases.engines.postgresql import PostgreSQL
 from controlplane.sql import UtcDateTime
+from tests.clusters import Cluster
 from tests.databases.engines.cluster import BIN_DIR
 from tests.faults import breakable
 from tests.faults.breakable import Breakable
 from tests.faults.check import check
-from tests.faults.clusters import Cluster
 from tests.faults.installation import new_installation
 from tests.faults.orders import Order, Place
 from tests.faults.process import Launcher

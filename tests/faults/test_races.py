@@ -11,9 +11,9 @@ import pytest
 
 from controlplane.api.v1 import backups_pb2, databases_pb2
 from controlplane.local.postgres import EmbeddedPostgres
+from tests.clusters import Cluster
 from tests.conftest import new_storage
 from tests.faults.check import check
-from tests.faults.clusters import Cluster
 from tests.faults.installation import Installation, Refusal, new_installation
 from tests.faults.orders import KINDS
 from tests.faults.other import Stubs, other_server

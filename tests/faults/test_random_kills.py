@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from controlplane.local.postgres import EmbeddedPostgres
+from tests.clusters import Cluster, Refused
 from tests.conftest import new_storage
 from tests.faults.check import check
-from tests.faults.clusters import Cluster, Refused
 from tests.faults.installation import SECONDS, Refusal, Uncertain, new_installation
 from tests.faults.process import Launcher
 from tests.faults.table import EVERYTHING, Row, Table

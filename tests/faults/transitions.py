@@ -15,7 +15,7 @@ from sqlalchemy import bindparam, text
 from controlplane.api.v1 import backups_pb2, databases_pb2
 from controlplane.api.v1.databases_pb2 import DatabaseConnection
 from controlplane.sql import UtcDateTime
-from tests.faults.clusters import Cluster, Refused
+from tests.clusters import Cluster, Refused
 from tests.faults.installation import Installation, Refusal
 
 

@@ -82,7 +82,12 @@ async def test_a_silent_cluster_occupies_one_slot(works: Works) -> None:
     assert (len(told), len(works.engine.calls)) == (len(silent) - 1, asked + 1)
     works.engine.failure = None
     works.engine.release()
+
+    async def has_ended() -> bool:
+        return not await works.leased()
+
+    await eventually(has_ended)  # or its lease would have run out
+    works.clock.advance(60)
+    reconciler.wake()
     for name in silent:
-        works.clock.advance(60)
-        reconciler.wake()
         await works.until(lambda row: row.state == "ready", name)

@@ -18,6 +18,7 @@ import httpx2
 from controlplane.databases.engines.clickhouse_dump import ENGINES, ClickHouseDump, restore_dump, tables_of
 from controlplane.databases.engines.clickhouse_http import STATEMENT_TIMEOUT, Refused, Session
 from controlplane.databases.engines.engine import (
+    Check,
     ClusterUnavailable,
     Connection,
     Contents,
@@ -26,6 +27,7 @@ from controlplane.databases.engines.engine import (
     Observation,
     Table,
     Target,
+    unchecked,
 )
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{2,31}")
@@ -127,7 +129,8 @@ class ClickHouse:
 
     A user is made anew for another password, and when his login ends: the new one has another id, so whatever session
     the old one had is refused from then on. ClickHouse has no lock that ends with its session, so Busy is never raised:
-    two workers at once send the same statements, each of which says all that is wanted, and none after 60 s.
+    two workers at once send the same statements, each of which says all that is wanted, and none after 60 s. One
+    that is paused between its check and its first statement may be overtaken all the same.
     """
 
     def __init__(self, *, admin_url: str, host: str, port: int) -> None:
@@ -141,18 +144,19 @@ class ClickHouse:
         self._port = port
         self._tls = create_default_context() if url.scheme == "https" else False
 
-    async def apply(self, target: Target) -> tuple[str, ...]:
+    async def apply(self, target: Target, *, check: Check = unchecked) -> tuple[str, ...]:
         """Make the server match the target; see `Engine.apply`."""
         name = _checked(target.name)
         async with _within(_ACTION_TIMEOUT), self._session(self._admin) as admin:
             found = await _look(admin, name)
-            if not found.database:
-                if target.exists:
-                    raise Missing
-                await admin.run(f"CREATE DATABASE IF NOT EXISTS {name}")
+            if not found.database and target.exists:
+                raise Missing
             differs = found.differences(target)
             if target.login and not differs & _IDENTITY:
                 differs |= set() if await self._opens(name, target.password) else {"the password"}
+            await check()
+            if not found.database:
+                await admin.run(f"CREATE DATABASE IF NOT EXISTS {name}")
             if differs & _IDENTITY:
                 await admin.run(_new_user(target))
             elif differs & _SETTINGS:
@@ -167,10 +171,11 @@ class ClickHouse:
                 differs.discard("the rights")
         return ("the database",) if not found.database else tuple(sorted(differs))
 
-    async def drop(self, name: str) -> None:
+    async def drop(self, name: str, *, check: Check = unchecked) -> None:
         """Remove user and database; see `Engine.drop`."""
         _checked(name)
         async with _within(_ACTION_TIMEOUT), self._session(self._admin) as admin:
+            await check()
             await admin.run(f"DROP USER IF EXISTS {name}")
             await admin.run(f"KILL QUERY WHERE user = '{name}' SYNC")
             # Without SYNC the data stays for eight minutes, and its name with it.

@@ -1,9 +1,9 @@
 """The seam between the provisioners and a database engine: what every driver does, and how it fails."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +97,22 @@ class Missing(EngineError):
         super().__init__("The database is no longer on its cluster; restore a backup, or contact support.")
 
 
-class Engine(Protocol):
-    """One database engine's driver, bound to one cluster. All methods raise EngineError or a kind of it."""
+Check: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
 
-    async def apply(self, target: Target) -> tuple[str, ...]:
+
+async def unchecked() -> None:
+    """Have nothing against a change."""
+
+
+class Engine(Protocol):
+    """One database engine's driver, bound to one cluster. All methods raise EngineError or a kind of it.
+
+    `check` is asked whether a change is still wanted: under the lock that keeps other workers from this database, or,
+    where the engine has none, right before the first statement that changes anything. What it raises is raised here.
+    Asked before the lock, it would let a worker go on that was paused there and overtaken.
+    """
+
+    async def apply(self, target: Target, *, check: Check = unchecked) -> tuple[str, ...]:
         """Make the cluster match the target, whatever it finds there; return what differed, in words for a customer.
 
         Such as `("the connection limit", "the password")`; empty if all was well, `("the database",)` for a new one.
@@ -110,7 +122,7 @@ class Engine(Protocol):
         `exists` and the database does not.
         """
 
-    async def drop(self, name: str) -> None:
+    async def drop(self, name: str, *, check: Check = unchecked) -> None:
         """Remove the database and its user for good, ending their sessions; nothing happens if they are gone."""
 
     async def observe(self, name: str) -> Observation | None:

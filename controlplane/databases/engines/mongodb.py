@@ -24,12 +24,14 @@ from pymongo.saslprep import saslprep
 
 from controlplane.databases.engines.engine import (
     Busy,
+    Check,
     ClusterUnavailable,
     Connection,
     Contents,
     EngineError,
     Observation,
     Target,
+    unchecked,
 )
 from controlplane.databases.engines.mongodb_dump import Dump, definition_of, load
 
@@ -87,7 +89,7 @@ class MongoDB:
         self._host = host
         self._port = port
 
-    async def apply(self, target: Target) -> tuple[str, ...]:
+    async def apply(self, target: Target, *, check: Check = unchecked) -> tuple[str, ...]:
         """Make the cluster match the target; see `Engine.apply`.
 
         Who still uses an old password is cut off: a new one, or no login, ends the user's sessions.
@@ -97,7 +99,7 @@ class MongoDB:
             # A lock is two writes to most of the cluster: too much for a look after which there is nothing to do.
             if target.login and not await _differences(_Admin(client), target):
                 return ()
-            async with _locked(client, target.name) as admin:
+            async with _locked(client, target.name, check) as admin:
                 differed = await _differences(admin, target)
                 if differed == ("the rights",):
                     await admin.run(target.name, "updateUser", target.name, roles=_roles(target.name))
@@ -107,10 +109,10 @@ class MongoDB:
                     await _end_sessions(admin, target.name)
                 return differed
 
-    async def drop(self, name: str) -> None:
+    async def drop(self, name: str, *, check: Check = unchecked) -> None:
         """Remove database and user; see `Engine.drop`."""
         _check_name(name)
-        async with self._connected() as client, _locked(client, name) as admin:
+        async with self._connected() as client, _locked(client, name, check) as admin:
             # Commands that succeed on nothing. Sessions end before the data goes, or a late write would bring it back.
             await admin.run(name, "dropAllUsersFromDatabase")
             await admin.run(name, "dropAllRolesFromDatabase")
@@ -250,7 +252,7 @@ class _Admin:
 
 
 @asynccontextmanager
-async def _locked(client: AsyncMongoClient[Document], name: str) -> AsyncIterator[_Admin]:
+async def _locked(client: AsyncMongoClient[Document], name: str, check: Check) -> AsyncIterator[_Admin]:
     """Hold the lock of this name; whoever else wants it meanwhile is told Busy.
 
     MongoDB has no lock that goes with its session, so this one is a document with an end, by the server's clock.
@@ -275,6 +277,7 @@ async def _locked(client: AsyncMongoClient[Document], name: str) -> AsyncIterato
     if lock is None or lock["owner"] != owner:
         raise Busy("Another change to this database is still under way; look again in a moment.")
     try:
+        await check()
         yield admin
     finally:
         await locks.delete_one({"_id": name, "owner": owner})

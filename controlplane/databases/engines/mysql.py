@@ -19,12 +19,14 @@ from pymysql.cursors import Cursor
 
 from controlplane.databases.engines.engine import (
     Busy,
+    Check,
     ClusterUnavailable,
     Connection,
     Contents,
     Missing,
     Observation,
     Target,
+    unchecked,
 )
 from controlplane.databases.engines.mysql_dump import (
     WHILE_READING,
@@ -93,17 +95,17 @@ class MySQL:
         self._port = port
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="mysql")
 
-    async def apply(self, target: Target) -> tuple[str, ...]:
+    async def apply(self, target: Target, *, check: Check = unchecked) -> tuple[str, ...]:
         """Make the cluster match the target; see `Engine.apply`."""
         _check_name(target.name)
         if target.connections < 1:
             raise ValueError("0 connections would mean no limit")
-        return await self._in_thread(self._apply, target)
+        return await self._in_thread(self._apply, target, _from_thread(check))
 
-    async def drop(self, name: str) -> None:
+    async def drop(self, name: str, *, check: Check = unchecked) -> None:
         """Remove database and user; see `Engine.drop`."""
         _check_name(name)
-        await self._in_thread(self._drop, name)
+        await self._in_thread(self._drop, name, _from_thread(check))
 
     async def observe(self, name: str) -> Observation | None:
         """Return what the database is like; see `Engine.observe`. The size is InnoDB's estimate."""
@@ -157,8 +159,8 @@ class MySQL:
             uri=f"mysql://{name}:{quote(password, safe='')}@{host}:{self._port}/{name}",
         )
 
-    def _apply(self, target: Target) -> tuple[str, ...]:
-        with self._locked(target.name) as admin:
+    def _apply(self, target: Target, check: Callable[[], None]) -> tuple[str, ...]:
+        with self._locked(target.name, check) as admin:
             _warn_of_gaps(admin)
             if _exists(admin, target.name):
                 return tuple(_apply_user(admin, target))
@@ -167,8 +169,8 @@ class MySQL:
             _rows(admin, f"CREATE DATABASE `{target.name}` CHARACTER SET utf8mb4")
             return ("the database", *(part for part in _apply_user(admin, target) if part != "the user"))
 
-    def _drop(self, name: str) -> None:
-        with self._locked(name) as admin:
+    def _drop(self, name: str, check: Callable[[], None]) -> None:
+        with self._locked(name, check) as admin:
             for host in _hosts(admin, name):
                 _rows(admin, f"DROP USER IF EXISTS '{name}'@%s", host)
             # A dump that reads it would keep it from going.
@@ -199,7 +201,7 @@ class MySQL:
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(work, *args))
 
     @contextmanager
-    def _locked(self, name: str) -> Iterator[Admin]:
+    def _locked(self, name: str, check: Callable[[], None]) -> Iterator[Admin]:
         """Connect as the admin and hold the lock of this name; whoever else wants it meanwhile is told Busy."""
         lock = f"controlplane {name}"
         with self._admin() as admin:
@@ -208,9 +210,13 @@ class MySQL:
                 [(taken,)] = _rows(admin, "SELECT GET_LOCK(%s, 2)", lock)
             if not taken:
                 raise Busy("Another change to this database is still under way; look again in a moment.")
-            yield admin
-            # The server sees later than we that we are gone.
-            _rows(admin, "SELECT RELEASE_LOCK(%s)", lock)
+            try:
+                check()
+                yield admin
+            finally:
+                # The server sees later than we that we are gone.
+                with suppress(pymysql.Error, OSError):
+                    _rows(admin, "SELECT RELEASE_LOCK(%s)", lock)
 
     @contextmanager
     def _admin(self) -> Iterator[Admin]:
@@ -236,6 +242,13 @@ class MySQL:
             raise translated(error.args[0], "The database cluster refused a change; contact support.") from error
         finally:
             admin.close()
+
+
+def _from_thread(check: Check) -> Callable[[], None]:
+    """Return what a thread calls to have this loop ask."""
+    loop = asyncio.get_running_loop()
+    # Not for ever: the loop may have ended, and a thread that waits for it would keep the process from ending too.
+    return lambda: asyncio.run_coroutine_threadsafe(check(), loop).result(_STATEMENT_TIMEOUT)
 
 
 def _warn_of_gaps(admin: Admin) -> None:

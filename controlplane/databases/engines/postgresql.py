@@ -14,6 +14,7 @@ from scramp import ScramMechanism
 
 from controlplane.databases.engines.engine import (
     Busy,
+    Check,
     ClusterUnavailable,
     Connection,
     Contents,
@@ -22,6 +23,7 @@ from controlplane.databases.engines.engine import (
     Missing,
     Observation,
     Target,
+    unchecked,
 )
 from controlplane.databases.engines.postgresql_dump import PostgreSQLDump, count_contents, lock_tables, run_pg_restore
 from controlplane.databases.engines.postgresql_errors import TRY_LATER, in_our_terms
@@ -117,9 +119,9 @@ class PostgreSQL:
         self._port = port
         self._bin_dir = bin_dir
 
-    async def apply(self, target: Target) -> tuple[str, ...]:
+    async def apply(self, target: Target, *, check: Check = unchecked) -> tuple[str, ...]:
         """Make the cluster match the target; see `Engine.apply`."""
-        async with self._locked(target.name) as admin:
+        async with self._locked(target.name, check) as admin:
             found = await admin.fetchrow(_LOOK, target.name)
             if found["owner"] is None and target.exists:
                 raise Missing
@@ -133,9 +135,9 @@ class PostgreSQL:
                 return ("the database",)
             return (*differed, *await _apply_database(admin, found, target.name))
 
-    async def drop(self, name: str) -> None:
+    async def drop(self, name: str, *, check: Check = unchecked) -> None:
         """Remove database and role; see `Engine.drop`."""
-        async with self._locked(name) as admin:
+        async with self._locked(name, check) as admin:
             found = await admin.fetchrow(_LOOK, name)
             if found["rolname"]:
                 await _own_role(admin, found, name)
@@ -232,12 +234,13 @@ class PostgreSQL:
         return f"postgresql://{name}@{host}:{self._port}/{name}"
 
     @asynccontextmanager
-    async def _locked(self, name: str) -> AsyncIterator[asyncpg.Connection]:
+    async def _locked(self, name: str, check: Check) -> AsyncIterator[asyncpg.Connection]:
         """Connect as the admin and hold the lock of this name; whoever else wants it meanwhile is told Busy."""
         _check_name(name)
         async with self._admin() as admin:
             if not await admin.fetchval("SELECT pg_try_advisory_lock(hashtextextended($1, 0))", name):
                 raise Busy("Another change to this database is still under way; look again in a moment.")
+            await check()
             yield admin
 
     @asynccontextmanager

@@ -1,8 +1,8 @@
-"""The clusters of the four engines, each with its driver and with what a tenant does on it."""
+"""The clusters of the four engines, each with its driver and with what a tenant does on it; they run once for all."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import asyncpg
 import httpx2
 import pymysql
+import pytest
 from pymongo import AsyncMongoClient
 from pymongo.errors import OperationFailure
 
@@ -24,8 +25,6 @@ from controlplane.local.postgres import EmbeddedPostgres
 from tests.databases.engines import clickhouse_server, wire_compatible
 from tests.databases.engines.cluster import BIN_DIR
 from tests.stack import free_port
-
-_CATALOG = Path(__file__).with_name("catalog.toml")
 
 
 class Refused(Exception):
@@ -50,14 +49,29 @@ class Cluster:
     expire_locks: Callable[[], Awaitable[None]]
 
 
-def catalog(clusters: list[Cluster]) -> str:
-    """Return the text of a catalogue with these clusters."""
-    entries = (
+@pytest.fixture(scope="session")
+async def all_clusters(folder: Path, postgres: EmbeddedPostgres, postgres_port: int) -> AsyncIterator[list[Cluster]]:
+    """A cluster of each engine, in the order of the table in `docs/engines.md`; they start all at once.
+
+    This module is registered as a plugin by each conftest that wants it: imported there, it would be run for each.
+    """
+    starts = (
+        _run_mysql(folder / "cluster-mysql"),
+        _run_mongodb(folder / "cluster-mongodb"),
+        _run_clickhouse(folder / "cluster-clickhouse"),
+    )
+    async with AsyncExitStack() as started:
+        others = await asyncio.gather(*(started.enter_async_context(start) for start in starts))
+        yield [postgresql(postgres, postgres_port), *others]
+
+
+def entries(clusters: list[Cluster]) -> str:
+    """Return the text that these clusters are in a catalogue."""
+    return "".join(
         f'\n[[clusters]]\nname = "local-{cluster.engine}"\nengine = "{cluster.engine}"\nregion = "local"\n'
         f"admin = '{cluster.admin_url}'\nhost = \"127.0.0.1\"\nport = {cluster.port}\ncapacity = 1000\n"
         for cluster in clusters
     )
-    return _CATALOG.read_text() + "".join(entries)
 
 
 def postgresql(server: EmbeddedPostgres, port: int) -> Cluster:
@@ -88,7 +102,7 @@ def mysql(server: EmbeddedMariaDB, port: int) -> Cluster:
 
 
 @asynccontextmanager
-async def new_mysql(folder: Path) -> AsyncIterator[Cluster]:
+async def _run_mysql(folder: Path) -> AsyncIterator[Cluster]:
     """Run a MariaDB."""
     port = free_port()
     server = EmbeddedMariaDB(data_dir=folder, run_dir=folder / "run", port=port)
@@ -100,7 +114,7 @@ async def new_mysql(folder: Path) -> AsyncIterator[Cluster]:
 
 
 @asynccontextmanager
-async def mongodb(folder: Path) -> AsyncIterator[Cluster]:
+async def _run_mongodb(folder: Path) -> AsyncIterator[Cluster]:
     """Run a server that speaks MongoDB's protocol."""
     async with wire_compatible.running(folder) as server:
 
@@ -120,7 +134,7 @@ async def mongodb(folder: Path) -> AsyncIterator[Cluster]:
 
 
 @asynccontextmanager
-async def clickhouse(folder: Path) -> AsyncIterator[Cluster]:
+async def _run_clickhouse(folder: Path) -> AsyncIterator[Cluster]:
     """Run the embedded ClickHouse."""
     server = clickhouse_server.Server(folder)
     await server.start()
