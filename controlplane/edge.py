@@ -66,6 +66,7 @@ def _render(settings: Settings, transcoder: Path) -> str:
         keep_trailing_newline=True,
     )
     contract = rpcs().values()
+    function_body = next(rpc.max_body_bytes for rpc in contract if rpc.name == "InvokeFunction")
     return jinja.get_template("envoy.yaml.in").render(
         settings=settings,
         sockets=settings.server_sockets,
@@ -79,11 +80,28 @@ def _render(settings: Settings, transcoder: Path) -> str:
         verbs=_verbs(contract),
         awaits=_pattern(rpc for rpc in contract if rpc.waits),
         longest_wait=max(rpc.longest_wait for rpc in contract),
+        largest_body=max(settings.max_body_bytes, *(rpc.max_body_bytes for rpc in contract)),
+        # Later than the host's own answer that it took too long.
+        function_seconds=max(rpc.seconds for rpc in contract) + settings.upstream_timeout,
+        function_body=function_body,
+        large_bodies=[
+            ("function", function_body),
+            *((rpc.name, rpc.max_body_bytes) for rpc in contract if rpc.max_body_bytes),
+        ],
+        function_hosts=[_place(address) for address in settings.function_host_addresses],
         long_reads=_pattern(rpc for rpc in contract if _answers_long(rpc)),
         reads=_pattern(rpc for rpc in contract if not rpc.writes),
         bodies=[(rpc, _pattern([rpc]), _fields(rpc.request.DESCRIPTOR)[rpc.body]) for rpc in contract if rpc.body],
         writes=_pattern(rpc for rpc in contract if rpc.writes),
     )
+
+
+def _place(address: str) -> tuple[str, str, int]:
+    """Return the kind of an address, unix or tcp, and its path, or its host and port."""
+    if address.startswith("unix:"):
+        return "unix", address.removeprefix("unix:"), 0
+    host, _, port = address.rpartition(":")
+    return "tcp", host.strip("[]"), int(port)
 
 
 def _folder() -> Path:

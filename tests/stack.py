@@ -2,9 +2,10 @@
 
 import asyncio
 import itertools
+import random
 import socket
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -26,6 +27,7 @@ PASSWORD = "correct horse battery staple"
 # A check takes as much work as the hash says. The operator's way of opening an account has tests of its own.
 _HASH = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1).hash(PASSWORD)
 _numbers = itertools.count(1)
+_ports = itertools.cycle(random.sample(range(10_000, 32_000), 20_000))  # each process in an order of its own
 
 
 class Stack:
@@ -157,6 +159,12 @@ class Customer:
         """What a native gRPC call carries."""
         return (("authorization", f"Bearer {self.token}"),)
 
+    async def create(self, path: str, **wanted: Any) -> dict[str, Any]:
+        """Order something and wait until it is ready; with what only the first answer has, such as a password."""
+        answer = await self.call("POST", path, json=wanted)
+        assert answer.status_code == 201, answer.text
+        return {**answer.json(), **await self.until("ready", f"{path}/{wanted['name']}")}
+
     async def create_database(self, name: str, **wanted: Any) -> dict[str, Any]:
         """Order a PostgreSQL database and wait until it is ready."""
         body = {"name": name, "engine": "postgresql", "sku": "db-s-1vcpu-2gb", **wanted}
@@ -187,11 +195,15 @@ async def eventually(answer: Callable[[], Awaitable[T]], *, seconds: float = 20)
 
 
 def free_port() -> int:
-    """Return a port of 127.0.0.1 that is free right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a port of 127.0.0.1 that is free, and that nobody is given who does not ask for it.
+
+    The kernel gives connections ports above 32767 (ip_local_port_range): one of those may be taken a moment later.
+    """
+    for port in _ports:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("there is always another")
 
 
 async def _until_ready(rest: httpx.AsyncClient, envoy: Child) -> None:

@@ -25,9 +25,11 @@ class Rpc:
 
     `path` is the gRPC path, `/package.Service/Method`. `verb` and `route` are those of the REST route; `body` is the
     request's field that the JSON body fills, `response_body` the response's field that the JSON answer shows, each
-    empty when there is none. `writes` is whether it may change something; a GET that does not say so may not. `status`
-    is the HTTP status of success, `errors` those of failures that are its own. `longest_wait` is for how many seconds a
-    caller can have it wait until there is something to answer with; 0 for an RPC that answers at once.
+    empty when there is none. `writes` is whether it may change something, which a GET may not unless it says so.
+    `status` is the HTTP status of success, `errors` those of failures that are its own. `longest_wait` is for how many
+    seconds a caller can have it wait until there is something to answer with; 0 for an RPC that answers at once.
+    `seconds` is for how long it may run beyond what others may, `max_body_bytes` how large its body may be, 0 where the
+    setting holds.
     """
 
     descriptor: MethodDescriptor
@@ -41,6 +43,8 @@ class Rpc:
     status: int
     errors: tuple[int, ...]
     longest_wait: int
+    seconds: int
+    max_body_bytes: int
     request: type[Message]
     response: type[Message]
 
@@ -109,7 +113,8 @@ def read_rpc(method: MethodDescriptor) -> Rpc:
     verb = rule.WhichOneof("pattern")
     if verb is None:
         raise ContractError(f"{method.full_name} has no REST route: add `option (google.api.http) = {{…}}` to it.")
-    answer = options.Extensions[access_pb2.answer]
+    answer, bounds = options.Extensions[access_pb2.answer], options.Extensions[access_pb2.bounds]
+    says_writes = options.HasExtension(access_pb2.writes)
     return Rpc(
         descriptor=method,
         path=f"/{method.containing_service.full_name}/{method.name}",
@@ -118,10 +123,12 @@ def read_rpc(method: MethodDescriptor) -> Rpc:
         body=rule.body,
         response_body=rule.response_body,
         access=access,
-        writes=verb != "get" or options.Extensions[access_pb2.writes],
+        writes=options.Extensions[access_pb2.writes] if says_writes else verb != "get",
         status=answer.status or 200,
         errors=tuple(answer.errors),
         longest_wait=_longest_wait(method.input_type),
+        seconds=bounds.seconds,
+        max_body_bytes=bounds.max_body_bytes,
         request=GetMessageClass(method.input_type),
         response=GetMessageClass(method.output_type),
     )

@@ -91,15 +91,12 @@ class Operations:
         message = field.message_type
         if message is None:
             raise SystemExit(f"The body of {rpc.path} is its field '{rpc.body}': make that field a message.")
+        schema = self._schemas.field(field, answer=False)
+        example = schema["examples"][0] if "examples" in schema else examples(message, answer=False)[0]
         return {
             "description": self._schemas.description(field),
             "required": any(is_required(part, answer=False) for part in message.fields),
-            "content": {
-                "application/json": {
-                    "schema": self._schemas.refer(message, answer=False),
-                    "example": examples(message, answer=False)[0],
-                }
-            },
+            "content": {"application/json": {"schema": schema, "example": example}},
         }
 
 

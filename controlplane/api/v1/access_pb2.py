@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import descriptor_pb2 as google_dot_protobuf_dot_descriptor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n controlplane/api/v1/access.proto\x12\x13\x63ontrolplane.api.v1\x1a google/protobuf/descriptor.proto\"b\n\x06\x41\x63\x63\x65ss\x12\x14\n\npermission\x18\x01 \x01(\tH\x00\x12\x17\n\rauthenticated\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05login\x18\x03 \x01(\x08H\x00\x12\x10\n\x06public\x18\x04 \x01(\x08H\x00\x42\x06\n\x04rule\"(\n\x06\x41nswer\x12\x0e\n\x06status\x18\x01 \x01(\x05\x12\x0e\n\x06\x65rrors\x18\x02 \x03(\x05:M\n\x06\x61\x63\x63\x65ss\x12\x1e.google.protobuf.MethodOptions\x18\xb5\x87\x03 \x01(\x0b\x32\x1b.controlplane.api.v1.Access:M\n\x06\x61nswer\x12\x1e.google.protobuf.MethodOptions\x18\xb6\x87\x03 \x01(\x0b\x32\x1b.controlplane.api.v1.Answer:0\n\x06writes\x12\x1e.google.protobuf.MethodOptions\x18\xb7\x87\x03 \x01(\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n controlplane/api/v1/access.proto\x12\x13\x63ontrolplane.api.v1\x1a google/protobuf/descriptor.proto\"b\n\x06\x41\x63\x63\x65ss\x12\x14\n\npermission\x18\x01 \x01(\tH\x00\x12\x17\n\rauthenticated\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05login\x18\x03 \x01(\x08H\x00\x12\x10\n\x06public\x18\x04 \x01(\x08H\x00\x42\x06\n\x04rule\"(\n\x06\x41nswer\x12\x0e\n\x06status\x18\x01 \x01(\x05\x12\x0e\n\x06\x65rrors\x18\x02 \x03(\x05\"1\n\x06\x42ounds\x12\x16\n\x0emax_body_bytes\x18\x01 \x01(\r\x12\x0f\n\x07seconds\x18\x02 \x01(\r:M\n\x06\x61\x63\x63\x65ss\x12\x1e.google.protobuf.MethodOptions\x18\xb5\x87\x03 \x01(\x0b\x32\x1b.controlplane.api.v1.Access:M\n\x06\x61nswer\x12\x1e.google.protobuf.MethodOptions\x18\xb6\x87\x03 \x01(\x0b\x32\x1b.controlplane.api.v1.Answer:0\n\x06writes\x12\x1e.google.protobuf.MethodOptions\x18\xb7\x87\x03 \x01(\x08:M\n\x06\x62ounds\x12\x1e.google.protobuf.MethodOptions\x18\xb8\x87\x03 \x01(\x0b\x32\x1b.controlplane.api.v1.Boundsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,4 +36,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ACCESS']._serialized_end=189
   _globals['_ANSWER']._serialized_start=191
   _globals['_ANSWER']._serialized_end=231
+  _globals['_BOUNDS']._serialized_start=233
+  _globals['_BOUNDS']._serialized_end=282
 # @@protoc_insertion_point(module_scope)

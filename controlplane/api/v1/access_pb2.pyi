@@ -84,12 +84,41 @@ class Answer(_message.Message):
 
 Global___Answer: _TypeAlias = Answer  # noqa: Y015
 
+@_typing.final
+class Bounds(_message.Message):
+    """The bounds of an RPC's own."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_BODY_BYTES_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    max_body_bytes: _builtins.int
+    """The largest request body in bytes; the server's setting when unset."""
+    seconds: _builtins.int
+    """For how many seconds it may run before it answers, beyond what others may."""
+    def __init__(
+        self,
+        *,
+        max_body_bytes: _builtins.int = ...,
+        seconds: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_body_bytes", b"max_body_bytes", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Bounds: _TypeAlias = Bounds  # noqa: Y015
+
 ACCESS_FIELD_NUMBER: _builtins.int
 ANSWER_FIELD_NUMBER: _builtins.int
 WRITES_FIELD_NUMBER: _builtins.int
+BOUNDS_FIELD_NUMBER: _builtins.int
 access: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.MethodOptions, Global___Access]
 """Who may call this RPC. An RPC without it stops the server from starting."""
 answer: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.MethodOptions, Global___Answer]
 """Which statuses its REST route answers with, beyond those that every route shares."""
 writes: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.MethodOptions, _builtins.bool]
-"""That it changes something though its route is a GET, as a redirect from elsewhere arrives. Other GETs change nothing."""
+"""Whether it changes something, where its route's verb says otherwise: a GET does not, every other verb does."""
+bounds: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.MethodOptions, Global___Bounds]
+"""How much and how long it may take, beyond what holds for every RPC."""

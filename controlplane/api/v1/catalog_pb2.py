@@ -27,7 +27,7 @@ from controlplane.api.v1 import access_pb2 as controlplane_dot_api_dot_v1_dot_ac
 from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!controlplane/api/v1/catalog.proto\x12\x13\x63ontrolplane.api.v1\x1a\x1b\x62uf/validate/validate.proto\x1a controlplane/api/v1/access.proto\x1a\x1cgoogle/api/annotations.proto\"\xd1\x01\n\x04Plan\x12\x1d\n\x04name\x18\x01 \x01(\tB\x0f\xbaH\x0cr\n\x92\x02\x07starter\x12S\n\x06quotas\x18\x02 \x03(\x0b\x32%.controlplane.api.v1.Plan.QuotasEntryB\x1c\xbaH\x19\x9a\x01\x16\"\x0er\x0c\x92\x02\tdatabases*\x04*\x02@\x05\x12&\n\x15rate_limit_per_minute\x18\x03 \x01(\rB\x07\xbaH\x04*\x02@x\x1a-\n\x0bQuotasEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\xc5\x01\n\x03Sku\x12$\n\x04name\x18\x01 \x01(\tB\x16\xbaH\x13r\x11\x92\x02\x0e\x64\x62-s-1vcpu-2gb\x12(\n\x07\x65ngines\x18\x02 \x03(\tB\x17\xbaH\x14\x92\x01\x11\"\x0fr\r\x92\x02\npostgresql\x12\x16\n\x05vcpus\x18\x03 \x01(\rB\x07\xbaH\x04*\x02@\x01\x12\x1b\n\tmemory_mb\x18\x04 \x01(\rB\x08\xbaH\x05*\x03@\x80\x10\x12\x1b\n\nstorage_gb\x18\x05 \x01(\rB\x07\xbaH\x04*\x02@\x14\x12\x1c\n\x0b\x63onnections\x18\x06 \x01(\rB\x07\xbaH\x04*\x02@2\"t\n\x06Region\x12\x1b\n\x04name\x18\x01 \x01(\tB\r\xbaH\nr\x08\x92\x02\x05local\x12#\n\x05title\x18\x02 \x01(\tB\x14\xbaH\x11r\x0f\x92\x02\x0cThis machine\x12(\n\x07\x65ngines\x18\x03 \x03(\tB\x17\xbaH\x14\x92\x01\x11\"\x0fr\r\x92\x02\npostgresql\"\x12\n\x10ListPlansRequest\"=\n\x11ListPlansResponse\x12(\n\x05plans\x18\x01 \x03(\x0b\x32\x19.controlplane.api.v1.Plan\"\x11\n\x0fListSkusRequest\":\n\x10ListSkusResponse\x12&\n\x04skus\x18\x01 \x03(\x0b\x32\x18.controlplane.api.v1.Sku\"\x14\n\x12ListRegionsRequest\"C\n\x13ListRegionsResponse\x12,\n\x07regions\x18\x01 \x03(\x0b\x32\x1b.controlplane.api.v1.Region2\xc8\x03\n\x0e\x43\x61talogService\x12\x8e\x01\n\tListPlans\x12%.controlplane.api.v1.ListPlansRequest\x1a&.controlplane.api.v1.ListPlansResponse\"2\xaa\xbb\x18\x0e\n\x0c\x63\x61talog:list\x82\xd3\xe4\x93\x02\x1a\x12\x11/api/portal/plansb\x05plans\x12\x89\x01\n\x08ListSkus\x12$.controlplane.api.v1.ListSkusRequest\x1a%.controlplane.api.v1.ListSkusResponse\"0\xaa\xbb\x18\x0e\n\x0c\x63\x61talog:list\x82\xd3\xe4\x93\x02\x18\x12\x10/api/portal/skusb\x04skus\x12\x98\x01\n\x0bListRegions\x12\'.controlplane.api.v1.ListRegionsRequest\x1a(.controlplane.api.v1.ListRegionsResponse\"6\xaa\xbb\x18\x0e\n\x0c\x63\x61talog:list\x82\xd3\xe4\x93\x02\x1e\x12\x13/api/portal/regionsb\x07regionsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!controlplane/api/v1/catalog.proto\x12\x13\x63ontrolplane.api.v1\x1a\x1b\x62uf/validate/validate.proto\x1a controlplane/api/v1/access.proto\x1a\x1cgoogle/api/annotations.proto\"\xd1\x01\n\x04Plan\x12\x1d\n\x04name\x18\x01 \x01(\tB\x0f\xbaH\x0cr\n\x92\x02\x07starter\x12S\n\x06quotas\x18\x02 \x03(\x0b\x32%.controlplane.api.v1.Plan.QuotasEntryB\x1c\xbaH\x19\x9a\x01\x16\"\x0er\x0c\x92\x02\tdatabases*\x04*\x02@\x05\x12&\n\x15rate_limit_per_minute\x18\x03 \x01(\rB\x07\xbaH\x04*\x02@x\x1a-\n\x0bQuotasEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\xc5\x01\n\x03Sku\x12$\n\x04name\x18\x01 \x01(\tB\x16\xbaH\x13r\x11\x92\x02\x0e\x64\x62-s-1vcpu-2gb\x12(\n\x07\x65ngines\x18\x02 \x03(\tB\x17\xbaH\x14\x92\x01\x11\"\x0fr\r\x92\x02\npostgresql\x12\x16\n\x05vcpus\x18\x03 \x01(\rB\x07\xbaH\x04*\x02@\x01\x12\x1b\n\tmemory_mb\x18\x04 \x01(\rB\x08\xbaH\x05*\x03@\x80\x10\x12\x1b\n\nstorage_gb\x18\x05 \x01(\rB\x07\xbaH\x04*\x02@\x14\x12\x1c\n\x0b\x63onnections\x18\x06 \x01(\rB\x07\xbaH\x04*\x02@2\"\xc7\x01\n\x06Region\x12\x1b\n\x04name\x18\x01 \x01(\tB\r\xbaH\nr\x08\x92\x02\x05local\x12#\n\x05title\x18\x02 \x01(\tB\x14\xbaH\x11r\x0f\x92\x02\x0cThis machine\x12(\n\x07\x65ngines\x18\x03 \x03(\tB\x17\xbaH\x14\x92\x01\x11\"\x0fr\r\x92\x02\npostgresql\x12&\n\x08runtimes\x18\x04 \x03(\tB\x14\xbaH\x11\x92\x01\x0e\"\x0cr\n\x92\x02\x07python3\x12\x18\n\x10\x66unction_network\x18\x05 \x01(\x08\x12\x0f\n\x07proxies\x18\x06 \x01(\x08\"\x12\n\x10ListPlansRequest\"=\n\x11ListPlansResponse\x12(\n\x05plans\x18\x01 \x03(\x0b\x32\x19.controlplane.api.v1.Plan\"\x11\n\x0fListSkusRequest\":\n\x10ListSkusResponse\x12&\n\x04skus\x18\x01 \x03(\x0b\x32\x18.controlplane.api.v1.Sku\"\x14\n\x12ListRegionsRequest\"C\n\x13ListRegionsResponse\x12,\n\x07regions\x18\x01 \x03(\x0b\x32\x1b.controlplane.api.v1.Region2\xc8\x03\n\x0e\x43\x61talogService\x12\x8e\x01\n\tListPlans\x12%.controlplane.api.v1.ListPlansRequest\x1a&.controlplane.api.v1.ListPlansResponse\"2\xaa\xbb\x18\x0e\n\x0c\x63\x61talog:list\x82\xd3\xe4\x93\x02\x1a\x12\x11/api/portal/plansb\x05plans\x12\x89\x01\n\x08ListSkus\x12$.controlplane.api.v1.ListSkusRequest\x1a%.controlplane.api.v1.ListSkusResponse\"0\xaa\xbb\x18\x0e\n\x0c\x63\x61talog:list\x82\xd3\xe4\x93\x02\x18\x12\x10/api/portal/skusb\x04skus\x12\x98\x01\n\x0bListRegions\x12\'.controlplane.api.v1.ListRegionsRequest\x1a(.controlplane.api.v1.ListRegionsResponse\"6\xaa\xbb\x18\x0e\n\x0c\x63\x61talog:list\x82\xd3\xe4\x93\x02\x1e\x12\x13/api/portal/regionsb\x07regionsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -60,6 +60,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REGION'].fields_by_name['title']._serialized_options = b'\272H\021r\017\222\002\014This machine'
   _globals['_REGION'].fields_by_name['engines']._loaded_options = None
   _globals['_REGION'].fields_by_name['engines']._serialized_options = b'\272H\024\222\001\021\"\017r\r\222\002\npostgresql'
+  _globals['_REGION'].fields_by_name['runtimes']._loaded_options = None
+  _globals['_REGION'].fields_by_name['runtimes']._serialized_options = b'\272H\021\222\001\016\"\014r\n\222\002\007python3'
   _globals['_CATALOGSERVICE'].methods_by_name['ListPlans']._loaded_options = None
   _globals['_CATALOGSERVICE'].methods_by_name['ListPlans']._serialized_options = b'\252\273\030\016\n\014catalog:list\202\323\344\223\002\032\022\021/api/portal/plansb\005plans'
   _globals['_CATALOGSERVICE'].methods_by_name['ListSkus']._loaded_options = None
@@ -72,20 +74,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PLAN_QUOTASENTRY']._serialized_end=361
   _globals['_SKU']._serialized_start=364
   _globals['_SKU']._serialized_end=561
-  _globals['_REGION']._serialized_start=563
-  _globals['_REGION']._serialized_end=679
-  _globals['_LISTPLANSREQUEST']._serialized_start=681
-  _globals['_LISTPLANSREQUEST']._serialized_end=699
-  _globals['_LISTPLANSRESPONSE']._serialized_start=701
-  _globals['_LISTPLANSRESPONSE']._serialized_end=762
-  _globals['_LISTSKUSREQUEST']._serialized_start=764
-  _globals['_LISTSKUSREQUEST']._serialized_end=781
-  _globals['_LISTSKUSRESPONSE']._serialized_start=783
-  _globals['_LISTSKUSRESPONSE']._serialized_end=841
-  _globals['_LISTREGIONSREQUEST']._serialized_start=843
-  _globals['_LISTREGIONSREQUEST']._serialized_end=863
-  _globals['_LISTREGIONSRESPONSE']._serialized_start=865
-  _globals['_LISTREGIONSRESPONSE']._serialized_end=932
-  _globals['_CATALOGSERVICE']._serialized_start=935
-  _globals['_CATALOGSERVICE']._serialized_end=1391
+  _globals['_REGION']._serialized_start=564
+  _globals['_REGION']._serialized_end=763
+  _globals['_LISTPLANSREQUEST']._serialized_start=765
+  _globals['_LISTPLANSREQUEST']._serialized_end=783
+  _globals['_LISTPLANSRESPONSE']._serialized_start=785
+  _globals['_LISTPLANSRESPONSE']._serialized_end=846
+  _globals['_LISTSKUSREQUEST']._serialized_start=848
+  _globals['_LISTSKUSREQUEST']._serialized_end=865
+  _globals['_LISTSKUSRESPONSE']._serialized_start=867
+  _globals['_LISTSKUSRESPONSE']._serialized_end=925
+  _globals['_LISTREGIONSREQUEST']._serialized_start=927
+  _globals['_LISTREGIONSREQUEST']._serialized_end=947
+  _globals['_LISTREGIONSRESPONSE']._serialized_start=949
+  _globals['_LISTREGIONSRESPONSE']._serialized_end=1016
+  _globals['_CATALOGSERVICE']._serialized_start=1019
+  _globals['_CATALOGSERVICE']._serialized_end=1475
 # @@protoc_insertion_point(module_scope)

@@ -123,13 +123,24 @@ class Region(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     TITLE_FIELD_NUMBER: _builtins.int
     ENGINES_FIELD_NUMBER: _builtins.int
+    RUNTIMES_FIELD_NUMBER: _builtins.int
+    FUNCTION_NETWORK_FIELD_NUMBER: _builtins.int
+    PROXIES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The region's name."""
     title: _builtins.str
     """What people call it."""
+    function_network: _builtins.bool
+    """Whether its functions can be let into the internet (`allow_network`)."""
+    proxies: _builtins.bool
+    """Whether SOCKS5 proxies can be ordered there."""
     @_builtins.property
     def engines(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The engines that can be ordered there."""
+
+    @_builtins.property
+    def runtimes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The runtimes of functions that can be ordered there; none if it runs no functions."""
 
     def __init__(
         self,
@@ -137,10 +148,13 @@ class Region(_message.Message):
         name: _builtins.str = ...,
         title: _builtins.str = ...,
         engines: _abc.Iterable[_builtins.str] | None = ...,
+        runtimes: _abc.Iterable[_builtins.str] | None = ...,
+        function_network: _builtins.bool = ...,
+        proxies: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engines", b"engines", "name", b"name", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engines", b"engines", "function_network", b"function_network", "name", b"name", "proxies", b"proxies", "runtimes", b"runtimes", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

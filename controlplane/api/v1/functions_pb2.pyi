@@ -4,8 +4,11 @@ isort:skip_file
 """
 
 from collections import abc as _abc
+from controlplane.api.v1 import progress_pb2 as _progress_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import struct_pb2 as _struct_pb2
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
@@ -26,23 +29,556 @@ class Function(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
+    RUNTIME_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    ENTRYPOINT_FIELD_NUMBER: _builtins.int
+    MEMORY_MB_FIELD_NUMBER: _builtins.int
+    TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    ENV_NAMES_FIELD_NUMBER: _builtins.int
+    ALLOW_NETWORK_FIELD_NUMBER: _builtins.int
+    AUTH_FIELD_NUMBER: _builtins.int
+    MAX_CONCURRENCY_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    REGION_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    CREATED_AT_FIELD_NUMBER: _builtins.int
+    UPDATED_AT_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    OBSERVED_GENERATION_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The function's own id."""
     name: _builtins.str
     """The name within the account."""
+    runtime: _builtins.str
+    """What runs the code."""
+    status: _builtins.str
+    """Where it is between being ordered and being gone."""
+    entrypoint: _builtins.str
+    """What is called: `module.function` for python3, `file.export` for nodejs, the module's file for wasm."""
+    memory_mb: _builtins.int
+    """How much memory a call may use, in megabytes."""
+    timeout_ms: _builtins.int
+    """How long a call may take, in milliseconds."""
+    allow_network: _builtins.bool
+    """Whether its calls reach the internet."""
+    auth: _builtins.str
+    """Who may call its address: anybody (`public`), or who has a token of the account that permits `functions:invoke`."""
+    max_concurrency: _builtins.int
+    """How many calls may run at the same time."""
+    path: _builtins.str
+    """The path of its public address."""
+    region: _builtins.str
+    """The region that it runs in."""
+    version: _builtins.int
+    """The number of the version that answers; absent until there is one."""
+    generation: _builtins.int
+    """How often the order has changed; the `ETag` is made of it."""
+    observed_generation: _builtins.int
+    """The newest generation that is real."""
+    @_builtins.property
+    def env_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The names of its environment variables; the values are never shown."""
+
+    @_builtins.property
+    def created_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was ordered."""
+
+    @_builtins.property
+    def updated_at(self) -> _timestamp_pb2.Timestamp:
+        """When the order last changed."""
+
+    @_builtins.property
+    def progress(self) -> _progress_pb2.Progress:
+        """What it is waiting for, or why the newest version could not be loaded; absent while all is as ordered."""
+
     def __init__(
         self,
         *,
         id: _builtins.str = ...,
         name: _builtins.str = ...,
+        runtime: _builtins.str = ...,
+        status: _builtins.str = ...,
+        entrypoint: _builtins.str = ...,
+        memory_mb: _builtins.int = ...,
+        timeout_ms: _builtins.int = ...,
+        env_names: _abc.Iterable[_builtins.str] | None = ...,
+        allow_network: _builtins.bool = ...,
+        auth: _builtins.str = ...,
+        max_concurrency: _builtins.int = ...,
+        path: _builtins.str = ...,
+        region: _builtins.str = ...,
+        version: _builtins.int | None = ...,
+        created_at: _timestamp_pb2.Timestamp | None = ...,
+        updated_at: _timestamp_pb2.Timestamp | None = ...,
+        generation: _builtins.int = ...,
+        observed_generation: _builtins.int = ...,
+        progress: _progress_pb2.Progress | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_progress", b"_progress", "_version", b"_version", "created_at", b"created_at", "progress", b"progress", "updated_at", b"updated_at", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_progress", b"_progress", "_version", b"_version", "allow_network", b"allow_network", "auth", b"auth", "created_at", b"created_at", "entrypoint", b"entrypoint", "env_names", b"env_names", "generation", b"generation", "id", b"id", "max_concurrency", b"max_concurrency", "memory_mb", b"memory_mb", "name", b"name", "observed_generation", b"observed_generation", "path", b"path", "progress", b"progress", "region", b"region", "runtime", b"runtime", "status", b"status", "timeout_ms", b"timeout_ms", "updated_at", b"updated_at", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__progress: _TypeAlias = _typing.Literal["progress"]  # noqa: Y015
+    _WhichOneofArgType__progress: _TypeAlias = _typing.Literal["_progress", b"_progress"]  # noqa: Y015
+    _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
+    _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__progress) -> _WhichOneofReturnType__progress | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
 
 Global___Function: _TypeAlias = Function  # noqa: Y015
+
+@_typing.final
+class FunctionVersion(_message.Message):
+    """One state of a function's code and settings."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    ACTIVE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    ENTRYPOINT_FIELD_NUMBER: _builtins.int
+    MEMORY_MB_FIELD_NUMBER: _builtins.int
+    TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    ENV_NAMES_FIELD_NUMBER: _builtins.int
+    ALLOW_NETWORK_FIELD_NUMBER: _builtins.int
+    CODE_SHA256_FIELD_NUMBER: _builtins.int
+    CODE_BYTES_FIELD_NUMBER: _builtins.int
+    CREATED_AT_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Its number, counted from 1."""
+    status: _builtins.str
+    """Whether its code could be loaded."""
+    active: _builtins.bool
+    """Whether it is the one that answers."""
+    error: _builtins.str
+    """Why it could not be loaded."""
+    entrypoint: _builtins.str
+    """What is called."""
+    memory_mb: _builtins.int
+    """How much memory a call may use, in megabytes."""
+    timeout_ms: _builtins.int
+    """How long a call may take, in milliseconds."""
+    allow_network: _builtins.bool
+    """Whether its calls reach the internet."""
+    code_sha256: _builtins.str
+    """The SHA-256 of the code as it was sent, the source or the archive, in hexadecimal."""
+    code_bytes: _builtins.int
+    """The size of the code as it was sent, in bytes."""
+    @_builtins.property
+    def env_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The names of its environment variables."""
+
+    @_builtins.property
+    def created_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was ordered."""
+
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        status: _builtins.str = ...,
+        active: _builtins.bool = ...,
+        error: _builtins.str | None = ...,
+        entrypoint: _builtins.str = ...,
+        memory_mb: _builtins.int = ...,
+        timeout_ms: _builtins.int = ...,
+        env_names: _abc.Iterable[_builtins.str] | None = ...,
+        allow_network: _builtins.bool = ...,
+        code_sha256: _builtins.str = ...,
+        code_bytes: _builtins.int = ...,
+        created_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_error", b"_error", "created_at", b"created_at", "error", b"error"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_error", b"_error", "active", b"active", "allow_network", b"allow_network", "code_bytes", b"code_bytes", "code_sha256", b"code_sha256", "created_at", b"created_at", "entrypoint", b"entrypoint", "env_names", b"env_names", "error", b"error", "memory_mb", b"memory_mb", "status", b"status", "timeout_ms", b"timeout_ms", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__error: _TypeAlias = _typing.Literal["error"]  # noqa: Y015
+    _WhichOneofArgType__error: _TypeAlias = _typing.Literal["_error", b"_error"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__error) -> _WhichOneofReturnType__error | None: ...
+
+Global___FunctionVersion: _TypeAlias = FunctionVersion  # noqa: Y015
+
+@_typing.final
+class CreateFunction(_message.Message):
+    """What a customer decides when ordering a function."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class EnvEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    RUNTIME_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    ARCHIVE_FIELD_NUMBER: _builtins.int
+    ENTRYPOINT_FIELD_NUMBER: _builtins.int
+    MEMORY_MB_FIELD_NUMBER: _builtins.int
+    TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    ENV_FIELD_NUMBER: _builtins.int
+    ALLOW_NETWORK_FIELD_NUMBER: _builtins.int
+    AUTH_FIELD_NUMBER: _builtins.int
+    MAX_CONCURRENCY_FIELD_NUMBER: _builtins.int
+    REGION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The name: lower-case letters, digits and hyphens, unique within the account."""
+    runtime: _builtins.str
+    """What runs the code: `python3`, `nodejs`, or `wasm` (WASI). `/api/portal/regions` says which there are where."""
+    source: _builtins.str
+    """The code of a single file: Python, JavaScript (an ES module), or WebAssembly as text. This or `archive`."""
+    archive: _builtins.bytes
+    """The code as a zip archive in base64, of at most 5 MB, 1,000 files and 50 MB once unpacked. This or `source`."""
+    entrypoint: _builtins.str
+    """What is called: `module.function` for python3, by default `main.handler`; `file.export` for nodejs, by default
+    `index.handler`; the module's file for wasm, by default `main.wasm`, or `main.wat` for a `source`.
+    """
+    memory_mb: _builtins.int
+    """How much memory a call may use, in megabytes; 128 when absent."""
+    timeout_ms: _builtins.int
+    """How long a call may take, in milliseconds; 10,000 when absent."""
+    allow_network: _builtins.bool
+    """Let its calls reach the internet; they reach nothing when absent."""
+    auth: _builtins.str
+    """Who may call its address: anybody (`public`), or who has a token of the account that permits `functions:invoke`
+    (`token`), which holds when absent.
+    """
+    max_concurrency: _builtins.int
+    """How many calls may run at the same time; more are refused with 429. 10 when absent."""
+    region: _builtins.str
+    """Where to run it; the provider's default when absent. `/api/portal/regions` lists them."""
+    @_builtins.property
+    def env(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Environment variables of its calls; their values are kept encrypted and never shown."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        runtime: _builtins.str = ...,
+        source: _builtins.str | None = ...,
+        archive: _builtins.bytes | None = ...,
+        entrypoint: _builtins.str | None = ...,
+        memory_mb: _builtins.int | None = ...,
+        timeout_ms: _builtins.int | None = ...,
+        env: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        allow_network: _builtins.bool | None = ...,
+        auth: _builtins.str | None = ...,
+        max_concurrency: _builtins.int | None = ...,
+        region: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_allow_network", b"_allow_network", "_archive", b"_archive", "_auth", b"_auth", "_entrypoint", b"_entrypoint", "_max_concurrency", b"_max_concurrency", "_memory_mb", b"_memory_mb", "_region", b"_region", "_source", b"_source", "_timeout_ms", b"_timeout_ms", "allow_network", b"allow_network", "archive", b"archive", "auth", b"auth", "entrypoint", b"entrypoint", "max_concurrency", b"max_concurrency", "memory_mb", b"memory_mb", "region", b"region", "source", b"source", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_allow_network", b"_allow_network", "_archive", b"_archive", "_auth", b"_auth", "_entrypoint", b"_entrypoint", "_max_concurrency", b"_max_concurrency", "_memory_mb", b"_memory_mb", "_region", b"_region", "_source", b"_source", "_timeout_ms", b"_timeout_ms", "allow_network", b"allow_network", "archive", b"archive", "auth", b"auth", "entrypoint", b"entrypoint", "env", b"env", "max_concurrency", b"max_concurrency", "memory_mb", b"memory_mb", "name", b"name", "region", b"region", "runtime", b"runtime", "source", b"source", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__allow_network: _TypeAlias = _typing.Literal["allow_network"]  # noqa: Y015
+    _WhichOneofArgType__allow_network: _TypeAlias = _typing.Literal["_allow_network", b"_allow_network"]  # noqa: Y015
+    _WhichOneofReturnType__archive: _TypeAlias = _typing.Literal["archive"]  # noqa: Y015
+    _WhichOneofArgType__archive: _TypeAlias = _typing.Literal["_archive", b"_archive"]  # noqa: Y015
+    _WhichOneofReturnType__auth: _TypeAlias = _typing.Literal["auth"]  # noqa: Y015
+    _WhichOneofArgType__auth: _TypeAlias = _typing.Literal["_auth", b"_auth"]  # noqa: Y015
+    _WhichOneofReturnType__entrypoint: _TypeAlias = _typing.Literal["entrypoint"]  # noqa: Y015
+    _WhichOneofArgType__entrypoint: _TypeAlias = _typing.Literal["_entrypoint", b"_entrypoint"]  # noqa: Y015
+    _WhichOneofReturnType__max_concurrency: _TypeAlias = _typing.Literal["max_concurrency"]  # noqa: Y015
+    _WhichOneofArgType__max_concurrency: _TypeAlias = _typing.Literal["_max_concurrency", b"_max_concurrency"]  # noqa: Y015
+    _WhichOneofReturnType__memory_mb: _TypeAlias = _typing.Literal["memory_mb"]  # noqa: Y015
+    _WhichOneofArgType__memory_mb: _TypeAlias = _typing.Literal["_memory_mb", b"_memory_mb"]  # noqa: Y015
+    _WhichOneofReturnType__region: _TypeAlias = _typing.Literal["region"]  # noqa: Y015
+    _WhichOneofArgType__region: _TypeAlias = _typing.Literal["_region", b"_region"]  # noqa: Y015
+    _WhichOneofReturnType__source: _TypeAlias = _typing.Literal["source"]  # noqa: Y015
+    _WhichOneofArgType__source: _TypeAlias = _typing.Literal["_source", b"_source"]  # noqa: Y015
+    _WhichOneofReturnType__timeout_ms: _TypeAlias = _typing.Literal["timeout_ms"]  # noqa: Y015
+    _WhichOneofArgType__timeout_ms: _TypeAlias = _typing.Literal["_timeout_ms", b"_timeout_ms"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__allow_network) -> _WhichOneofReturnType__allow_network | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__archive) -> _WhichOneofReturnType__archive | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__auth) -> _WhichOneofReturnType__auth | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__entrypoint) -> _WhichOneofReturnType__entrypoint | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_concurrency) -> _WhichOneofReturnType__max_concurrency | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_mb) -> _WhichOneofReturnType__memory_mb | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__region) -> _WhichOneofReturnType__region | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__source) -> _WhichOneofReturnType__source | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__timeout_ms) -> _WhichOneofReturnType__timeout_ms | None: ...
+
+Global___CreateFunction: _TypeAlias = CreateFunction  # noqa: Y015
+
+@_typing.final
+class UpdateFunction(_message.Message):
+    """What a customer may change about a function."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    ARCHIVE_FIELD_NUMBER: _builtins.int
+    ENTRYPOINT_FIELD_NUMBER: _builtins.int
+    MEMORY_MB_FIELD_NUMBER: _builtins.int
+    TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    ENV_FIELD_NUMBER: _builtins.int
+    ALLOW_NETWORK_FIELD_NUMBER: _builtins.int
+    AUTH_FIELD_NUMBER: _builtins.int
+    MAX_CONCURRENCY_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """The code of a single file: Python, JavaScript (an ES module), or WebAssembly as text. This or `archive`."""
+    archive: _builtins.bytes
+    """The code as a zip archive in base64, of at most 5 MB, 1,000 files and 50 MB once unpacked. This or `source`."""
+    entrypoint: _builtins.str
+    """What is called: `module.function` for python3, by default `main.handler`; `file.export` for nodejs, by default
+    `index.handler`; the module's file for wasm, by default `main.wasm`, or `main.wat` for a `source`.
+    """
+    memory_mb: _builtins.int
+    """How much memory a call may use, in megabytes; 128 when absent."""
+    timeout_ms: _builtins.int
+    """How long a call may take, in milliseconds; 10,000 when absent."""
+    allow_network: _builtins.bool
+    """Whether its calls reach the internet."""
+    auth: _builtins.str
+    """Who may call its address."""
+    max_concurrency: _builtins.int
+    """How many calls may run at the same time."""
+    @_builtins.property
+    def env(self) -> _struct_pb2.Struct:
+        """Environment variables to set; one given as null is removed, one that is not named stays (RFC 7396)."""
+
+    def __init__(
+        self,
+        *,
+        source: _builtins.str | None = ...,
+        archive: _builtins.bytes | None = ...,
+        entrypoint: _builtins.str | None = ...,
+        memory_mb: _builtins.int | None = ...,
+        timeout_ms: _builtins.int | None = ...,
+        env: _struct_pb2.Struct | None = ...,
+        allow_network: _builtins.bool | None = ...,
+        auth: _builtins.str | None = ...,
+        max_concurrency: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_allow_network", b"_allow_network", "_archive", b"_archive", "_auth", b"_auth", "_entrypoint", b"_entrypoint", "_env", b"_env", "_max_concurrency", b"_max_concurrency", "_memory_mb", b"_memory_mb", "_source", b"_source", "_timeout_ms", b"_timeout_ms", "allow_network", b"allow_network", "archive", b"archive", "auth", b"auth", "entrypoint", b"entrypoint", "env", b"env", "max_concurrency", b"max_concurrency", "memory_mb", b"memory_mb", "source", b"source", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_allow_network", b"_allow_network", "_archive", b"_archive", "_auth", b"_auth", "_entrypoint", b"_entrypoint", "_env", b"_env", "_max_concurrency", b"_max_concurrency", "_memory_mb", b"_memory_mb", "_source", b"_source", "_timeout_ms", b"_timeout_ms", "allow_network", b"allow_network", "archive", b"archive", "auth", b"auth", "entrypoint", b"entrypoint", "env", b"env", "max_concurrency", b"max_concurrency", "memory_mb", b"memory_mb", "source", b"source", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__allow_network: _TypeAlias = _typing.Literal["allow_network"]  # noqa: Y015
+    _WhichOneofArgType__allow_network: _TypeAlias = _typing.Literal["_allow_network", b"_allow_network"]  # noqa: Y015
+    _WhichOneofReturnType__archive: _TypeAlias = _typing.Literal["archive"]  # noqa: Y015
+    _WhichOneofArgType__archive: _TypeAlias = _typing.Literal["_archive", b"_archive"]  # noqa: Y015
+    _WhichOneofReturnType__auth: _TypeAlias = _typing.Literal["auth"]  # noqa: Y015
+    _WhichOneofArgType__auth: _TypeAlias = _typing.Literal["_auth", b"_auth"]  # noqa: Y015
+    _WhichOneofReturnType__entrypoint: _TypeAlias = _typing.Literal["entrypoint"]  # noqa: Y015
+    _WhichOneofArgType__entrypoint: _TypeAlias = _typing.Literal["_entrypoint", b"_entrypoint"]  # noqa: Y015
+    _WhichOneofReturnType__env: _TypeAlias = _typing.Literal["env"]  # noqa: Y015
+    _WhichOneofArgType__env: _TypeAlias = _typing.Literal["_env", b"_env"]  # noqa: Y015
+    _WhichOneofReturnType__max_concurrency: _TypeAlias = _typing.Literal["max_concurrency"]  # noqa: Y015
+    _WhichOneofArgType__max_concurrency: _TypeAlias = _typing.Literal["_max_concurrency", b"_max_concurrency"]  # noqa: Y015
+    _WhichOneofReturnType__memory_mb: _TypeAlias = _typing.Literal["memory_mb"]  # noqa: Y015
+    _WhichOneofArgType__memory_mb: _TypeAlias = _typing.Literal["_memory_mb", b"_memory_mb"]  # noqa: Y015
+    _WhichOneofReturnType__source: _TypeAlias = _typing.Literal["source"]  # noqa: Y015
+    _WhichOneofArgType__source: _TypeAlias = _typing.Literal["_source", b"_source"]  # noqa: Y015
+    _WhichOneofReturnType__timeout_ms: _TypeAlias = _typing.Literal["timeout_ms"]  # noqa: Y015
+    _WhichOneofArgType__timeout_ms: _TypeAlias = _typing.Literal["_timeout_ms", b"_timeout_ms"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__allow_network) -> _WhichOneofReturnType__allow_network | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__archive) -> _WhichOneofReturnType__archive | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__auth) -> _WhichOneofReturnType__auth | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__entrypoint) -> _WhichOneofReturnType__entrypoint | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__env) -> _WhichOneofReturnType__env | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_concurrency) -> _WhichOneofReturnType__max_concurrency | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_mb) -> _WhichOneofReturnType__memory_mb | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__source) -> _WhichOneofReturnType__source | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__timeout_ms) -> _WhichOneofReturnType__timeout_ms | None: ...
+
+Global___UpdateFunction: _TypeAlias = UpdateFunction  # noqa: Y015
+
+@_typing.final
+class RollbackFunction(_message.Message):
+    """Which version to go back to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Its number."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
+    _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
+
+Global___RollbackFunction: _TypeAlias = RollbackFunction  # noqa: Y015
+
+@_typing.final
+class Invocation(_message.Message):
+    """How a call of a function ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    TRACE_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    DURATION_MS_FIELD_NUMBER: _builtins.int
+    MEMORY_MB_FIELD_NUMBER: _builtins.int
+    COLD_START_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    status: _builtins.str
+    """`succeeded`, or `failed` if the handler raised an error."""
+    error: _builtins.str
+    """What the handler raised."""
+    trace: _builtins.str
+    """Where it raised it."""
+    version: _builtins.int
+    """The version that answered."""
+    duration_ms: _builtins.float
+    """How long the handler took, in milliseconds."""
+    memory_mb: _builtins.float
+    """The most memory that was used, in megabytes."""
+    cold_start: _builtins.bool
+    """Whether a worker had to be started for it."""
+    request_id: _builtins.str
+    """The call's id, which its log lines have too."""
+    @_builtins.property
+    def result(self) -> _struct_pb2.Value:
+        """What the handler returned."""
+
+    def __init__(
+        self,
+        *,
+        status: _builtins.str = ...,
+        result: _struct_pb2.Value | None = ...,
+        error: _builtins.str | None = ...,
+        trace: _builtins.str | None = ...,
+        version: _builtins.int = ...,
+        duration_ms: _builtins.float = ...,
+        memory_mb: _builtins.float = ...,
+        cold_start: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_error", b"_error", "_trace", b"_trace", "error", b"error", "result", b"result", "trace", b"trace"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_error", b"_error", "_trace", b"_trace", "cold_start", b"cold_start", "duration_ms", b"duration_ms", "error", b"error", "memory_mb", b"memory_mb", "request_id", b"request_id", "result", b"result", "status", b"status", "trace", b"trace", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__error: _TypeAlias = _typing.Literal["error"]  # noqa: Y015
+    _WhichOneofArgType__error: _TypeAlias = _typing.Literal["_error", b"_error"]  # noqa: Y015
+    _WhichOneofReturnType__trace: _TypeAlias = _typing.Literal["trace"]  # noqa: Y015
+    _WhichOneofArgType__trace: _TypeAlias = _typing.Literal["_trace", b"_trace"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__error) -> _WhichOneofReturnType__error | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__trace) -> _WhichOneofReturnType__trace | None: ...
+
+Global___Invocation: _TypeAlias = Invocation  # noqa: Y015
+
+@_typing.final
+class FunctionLogLine(_message.Message):
+    """A line of a function's log."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    STREAM_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    DURATION_MS_FIELD_NUMBER: _builtins.int
+    MEMORY_MB_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.float
+    """Its place in the log."""
+    version: _builtins.int
+    """The version that printed it."""
+    stream: _builtins.str
+    """What it is: printed to `stdout` or `stderr`, or a `request` that ended."""
+    text: _builtins.str
+    """The text."""
+    request_id: _builtins.str
+    """The call that it belongs to, where that is known."""
+    outcome: _builtins.str
+    """Of a `request`: how it ended, as a word such as `ok`, `error` or `timeout`."""
+    duration_ms: _builtins.float
+    """Of a `request`: how long it took, in milliseconds."""
+    memory_mb: _builtins.float
+    """Of a `request`: the most memory that its worker had used by then, in megabytes."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When it was printed."""
+
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.float = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        version: _builtins.int = ...,
+        stream: _builtins.str = ...,
+        text: _builtins.str = ...,
+        request_id: _builtins.str | None = ...,
+        outcome: _builtins.str | None = ...,
+        duration_ms: _builtins.float | None = ...,
+        memory_mb: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_duration_ms", b"_duration_ms", "_memory_mb", b"_memory_mb", "_outcome", b"_outcome", "_request_id", b"_request_id", "duration_ms", b"duration_ms", "memory_mb", b"memory_mb", "outcome", b"outcome", "request_id", b"request_id", "time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_duration_ms", b"_duration_ms", "_memory_mb", b"_memory_mb", "_outcome", b"_outcome", "_request_id", b"_request_id", "duration_ms", b"duration_ms", "memory_mb", b"memory_mb", "outcome", b"outcome", "request_id", b"request_id", "sequence", b"sequence", "stream", b"stream", "text", b"text", "time", b"time", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__duration_ms: _TypeAlias = _typing.Literal["duration_ms"]  # noqa: Y015
+    _WhichOneofArgType__duration_ms: _TypeAlias = _typing.Literal["_duration_ms", b"_duration_ms"]  # noqa: Y015
+    _WhichOneofReturnType__memory_mb: _TypeAlias = _typing.Literal["memory_mb"]  # noqa: Y015
+    _WhichOneofArgType__memory_mb: _TypeAlias = _typing.Literal["_memory_mb", b"_memory_mb"]  # noqa: Y015
+    _WhichOneofReturnType__outcome: _TypeAlias = _typing.Literal["outcome"]  # noqa: Y015
+    _WhichOneofArgType__outcome: _TypeAlias = _typing.Literal["_outcome", b"_outcome"]  # noqa: Y015
+    _WhichOneofReturnType__request_id: _TypeAlias = _typing.Literal["request_id"]  # noqa: Y015
+    _WhichOneofArgType__request_id: _TypeAlias = _typing.Literal["_request_id", b"_request_id"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__duration_ms) -> _WhichOneofReturnType__duration_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_mb) -> _WhichOneofReturnType__memory_mb | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__outcome) -> _WhichOneofReturnType__outcome | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__request_id) -> _WhichOneofReturnType__request_id | None: ...
+
+Global___FunctionLogLine: _TypeAlias = FunctionLogLine  # noqa: Y015
 
 @_typing.final
 class ListFunctionsRequest(_message.Message):
@@ -95,3 +631,267 @@ class ListFunctionsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__next_page_token) -> _WhichOneofReturnType__next_page_token | None: ...
 
 Global___ListFunctionsResponse: _TypeAlias = ListFunctionsResponse  # noqa: Y015
+
+@_typing.final
+class CreateFunctionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    validate_only: _builtins.bool
+    """Check everything, answer what would be, and change nothing."""
+    @_builtins.property
+    def function(self) -> Global___CreateFunction:
+        """What to create."""
+
+    def __init__(
+        self,
+        *,
+        function: Global___CreateFunction | None = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["function", b"function"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["function", b"function", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateFunctionRequest: _TypeAlias = CreateFunctionRequest  # noqa: Y015
+
+@_typing.final
+class GetFunctionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The function's name."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetFunctionRequest: _TypeAlias = GetFunctionRequest  # noqa: Y015
+
+@_typing.final
+class UpdateFunctionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The function's name."""
+    validate_only: _builtins.bool
+    """Check everything, answer what would be, and change nothing."""
+    @_builtins.property
+    def function(self) -> Global___UpdateFunction:
+        """What to change."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        function: Global___UpdateFunction | None = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["function", b"function"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["function", b"function", "name", b"name", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateFunctionRequest: _TypeAlias = UpdateFunctionRequest  # noqa: Y015
+
+@_typing.final
+class DeleteFunctionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The function's name."""
+    validate_only: _builtins.bool
+    """Check everything, answer what would be, and change nothing."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteFunctionRequest: _TypeAlias = DeleteFunctionRequest  # noqa: Y015
+
+@_typing.final
+class ListFunctionVersionsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The function's name."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListFunctionVersionsRequest: _TypeAlias = ListFunctionVersionsRequest  # noqa: Y015
+
+@_typing.final
+class ListFunctionVersionsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___FunctionVersion]:
+        """The versions."""
+
+    def __init__(
+        self,
+        *,
+        versions: _abc.Iterable[Global___FunctionVersion] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["versions", b"versions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListFunctionVersionsResponse: _TypeAlias = ListFunctionVersionsResponse  # noqa: Y015
+
+@_typing.final
+class RollbackFunctionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ROLLBACK_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The function's name."""
+    validate_only: _builtins.bool
+    """Check everything, answer what would be, and change nothing."""
+    @_builtins.property
+    def rollback(self) -> Global___RollbackFunction:
+        """Where to."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        rollback: Global___RollbackFunction | None = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rollback", b"rollback"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "rollback", b"rollback", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackFunctionRequest: _TypeAlias = RollbackFunctionRequest  # noqa: Y015
+
+@_typing.final
+class InvokeFunctionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    EVENT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The function's name."""
+    @_builtins.property
+    def event(self) -> _struct_pb2.Struct:
+        """What the handler gets."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        event: _struct_pb2.Struct | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InvokeFunctionRequest: _TypeAlias = InvokeFunctionRequest  # noqa: Y015
+
+@_typing.final
+class ListFunctionLogsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    WAIT_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The function's name."""
+    after: _builtins.float
+    """The place of the last line that is known; -1 for the newest lines."""
+    wait: _builtins.int
+    """How many seconds to wait for one if there is none yet."""
+    page_size: _builtins.int
+    """How many to answer with at the most; 100 when absent."""
+    version: _builtins.int
+    """Only lines of this version."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        after: _builtins.float = ...,
+        wait: _builtins.int = ...,
+        page_size: _builtins.int = ...,
+        version: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "after", b"after", "name", b"name", "page_size", b"page_size", "version", b"version", "wait", b"wait"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
+    _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
+
+Global___ListFunctionLogsRequest: _TypeAlias = ListFunctionLogsRequest  # noqa: Y015
+
+@_typing.final
+class ListFunctionLogsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LINES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """The next page's `page_token`, if there is one. REST callers get it as a `Link` header instead."""
+    @_builtins.property
+    def lines(self) -> _containers.RepeatedCompositeFieldContainer[Global___FunctionLogLine]:
+        """The lines."""
+
+    def __init__(
+        self,
+        *,
+        lines: _abc.Iterable[Global___FunctionLogLine] | None = ...,
+        next_page_token: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_next_page_token", b"_next_page_token", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_next_page_token", b"_next_page_token", "lines", b"lines", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__next_page_token: _TypeAlias = _typing.Literal["next_page_token"]  # noqa: Y015
+    _WhichOneofArgType__next_page_token: _TypeAlias = _typing.Literal["_next_page_token", b"_next_page_token"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__next_page_token) -> _WhichOneofReturnType__next_page_token | None: ...
+
+Global___ListFunctionLogsResponse: _TypeAlias = ListFunctionLogsResponse  # noqa: Y015

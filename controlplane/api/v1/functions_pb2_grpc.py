@@ -40,6 +40,46 @@ class FunctionServiceStub:
                 request_serializer=controlplane_dot_api_dot_v1_dot_functions__pb2.ListFunctionsRequest.SerializeToString,
                 response_deserializer=controlplane_dot_api_dot_v1_dot_functions__pb2.ListFunctionsResponse.FromString,
                 _registered_method=True)
+        self.CreateFunction = channel.unary_unary(
+                '/controlplane.api.v1.FunctionService/CreateFunction',
+                request_serializer=controlplane_dot_api_dot_v1_dot_functions__pb2.CreateFunctionRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_functions__pb2.Function.FromString,
+                _registered_method=True)
+        self.GetFunction = channel.unary_unary(
+                '/controlplane.api.v1.FunctionService/GetFunction',
+                request_serializer=controlplane_dot_api_dot_v1_dot_functions__pb2.GetFunctionRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_functions__pb2.Function.FromString,
+                _registered_method=True)
+        self.UpdateFunction = channel.unary_unary(
+                '/controlplane.api.v1.FunctionService/UpdateFunction',
+                request_serializer=controlplane_dot_api_dot_v1_dot_functions__pb2.UpdateFunctionRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_functions__pb2.Function.FromString,
+                _registered_method=True)
+        self.DeleteFunction = channel.unary_unary(
+                '/controlplane.api.v1.FunctionService/DeleteFunction',
+                request_serializer=controlplane_dot_api_dot_v1_dot_functions__pb2.DeleteFunctionRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_functions__pb2.Function.FromString,
+                _registered_method=True)
+        self.ListFunctionVersions = channel.unary_unary(
+                '/controlplane.api.v1.FunctionService/ListFunctionVersions',
+                request_serializer=controlplane_dot_api_dot_v1_dot_functions__pb2.ListFunctionVersionsRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_functions__pb2.ListFunctionVersionsResponse.FromString,
+                _registered_method=True)
+        self.RollbackFunction = channel.unary_unary(
+                '/controlplane.api.v1.FunctionService/RollbackFunction',
+                request_serializer=controlplane_dot_api_dot_v1_dot_functions__pb2.RollbackFunctionRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_functions__pb2.Function.FromString,
+                _registered_method=True)
+        self.InvokeFunction = channel.unary_unary(
+                '/controlplane.api.v1.FunctionService/InvokeFunction',
+                request_serializer=controlplane_dot_api_dot_v1_dot_functions__pb2.InvokeFunctionRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_functions__pb2.Invocation.FromString,
+                _registered_method=True)
+        self.ListFunctionLogs = channel.unary_unary(
+                '/controlplane.api.v1.FunctionService/ListFunctionLogs',
+                request_serializer=controlplane_dot_api_dot_v1_dot_functions__pb2.ListFunctionLogsRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_functions__pb2.ListFunctionLogsResponse.FromString,
+                _registered_method=True)
 
 
 class FunctionServiceServicer:
@@ -55,6 +95,81 @@ class FunctionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateFunction(self, request, context):
+        """Create a function
+
+        Answers as soon as the order is recorded, with the status `building`; the function can be called once it is `ready`.
+        If the code cannot be loaded, the status becomes `failed` and `progress` shows the error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetFunction(self, request, context):
+        """Get a function
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateFunction(self, request, context):
+        """Change a function
+
+        Only what the body names is changed. New code, or anything else that its calls depend on, becomes a new version: the
+        one before goes on answering until the new one has been loaded, and for good if it cannot be.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteFunction(self, request, context):
+        """Delete a function
+
+        Calls that are running are finished; its versions and logs go with it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListFunctionVersions(self, request, context):
+        """List the versions of a function
+
+        Those that are kept, oldest first: the newest ten, and the one that answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollbackFunction(self, request, context):
+        """Go back to an earlier version
+
+        Without a version: to the newest that could be loaded before the one that answers now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def InvokeFunction(self, request, context):
+        """Call a function
+
+        The body is the event, a JSON object; the handler gets it as it is. Waits for the answer, at most for the function's own
+        time limit. What the handler raises is no error of this API: the answer has it, with the status `failed`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListFunctionLogs(self, request, context):
+        """List or await the log lines of a function
+
+        What its calls printed, and a line for each call, after `after`, oldest first. With `wait`, answers as soon as there
+        is something, or with an empty list once the time is over. To follow the log, ask again with the `sequence` of the
+        last line; the `Link` header has that address. The newest 10,000 lines of each version are kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FunctionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -62,6 +177,46 @@ def add_FunctionServiceServicer_to_server(servicer, server):
                     servicer.ListFunctions,
                     request_deserializer=controlplane_dot_api_dot_v1_dot_functions__pb2.ListFunctionsRequest.FromString,
                     response_serializer=controlplane_dot_api_dot_v1_dot_functions__pb2.ListFunctionsResponse.SerializeToString,
+            ),
+            'CreateFunction': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateFunction,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_functions__pb2.CreateFunctionRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_functions__pb2.Function.SerializeToString,
+            ),
+            'GetFunction': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetFunction,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_functions__pb2.GetFunctionRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_functions__pb2.Function.SerializeToString,
+            ),
+            'UpdateFunction': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateFunction,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_functions__pb2.UpdateFunctionRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_functions__pb2.Function.SerializeToString,
+            ),
+            'DeleteFunction': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteFunction,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_functions__pb2.DeleteFunctionRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_functions__pb2.Function.SerializeToString,
+            ),
+            'ListFunctionVersions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListFunctionVersions,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_functions__pb2.ListFunctionVersionsRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_functions__pb2.ListFunctionVersionsResponse.SerializeToString,
+            ),
+            'RollbackFunction': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackFunction,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_functions__pb2.RollbackFunctionRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_functions__pb2.Function.SerializeToString,
+            ),
+            'InvokeFunction': grpc.unary_unary_rpc_method_handler(
+                    servicer.InvokeFunction,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_functions__pb2.InvokeFunctionRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_functions__pb2.Invocation.SerializeToString,
+            ),
+            'ListFunctionLogs': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListFunctionLogs,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_functions__pb2.ListFunctionLogsRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_functions__pb2.ListFunctionLogsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -92,6 +247,222 @@ class FunctionService:
             '/controlplane.api.v1.FunctionService/ListFunctions',
             controlplane_dot_api_dot_v1_dot_functions__pb2.ListFunctionsRequest.SerializeToString,
             controlplane_dot_api_dot_v1_dot_functions__pb2.ListFunctionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateFunction(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/controlplane.api.v1.FunctionService/CreateFunction',
+            controlplane_dot_api_dot_v1_dot_functions__pb2.CreateFunctionRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_functions__pb2.Function.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetFunction(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/controlplane.api.v1.FunctionService/GetFunction',
+            controlplane_dot_api_dot_v1_dot_functions__pb2.GetFunctionRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_functions__pb2.Function.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateFunction(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/controlplane.api.v1.FunctionService/UpdateFunction',
+            controlplane_dot_api_dot_v1_dot_functions__pb2.UpdateFunctionRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_functions__pb2.Function.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteFunction(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/controlplane.api.v1.FunctionService/DeleteFunction',
+            controlplane_dot_api_dot_v1_dot_functions__pb2.DeleteFunctionRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_functions__pb2.Function.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListFunctionVersions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/controlplane.api.v1.FunctionService/ListFunctionVersions',
+            controlplane_dot_api_dot_v1_dot_functions__pb2.ListFunctionVersionsRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_functions__pb2.ListFunctionVersionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackFunction(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/controlplane.api.v1.FunctionService/RollbackFunction',
+            controlplane_dot_api_dot_v1_dot_functions__pb2.RollbackFunctionRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_functions__pb2.Function.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def InvokeFunction(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/controlplane.api.v1.FunctionService/InvokeFunction',
+            controlplane_dot_api_dot_v1_dot_functions__pb2.InvokeFunctionRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_functions__pb2.Invocation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListFunctionLogs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/controlplane.api.v1.FunctionService/ListFunctionLogs',
+            controlplane_dot_api_dot_v1_dot_functions__pb2.ListFunctionLogsRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_functions__pb2.ListFunctionLogsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -21,6 +21,48 @@ class FunctionServiceStub:
 
     Every function of the account, oldest first.
     """
+    CreateFunction: _aio.UnaryUnaryMultiCallable[_functions_pb2.CreateFunctionRequest, _functions_pb2.Function]
+    """Create a function
+
+    Answers as soon as the order is recorded, with the status `building`; the function can be called once it is `ready`.
+    If the code cannot be loaded, the status becomes `failed` and `progress` shows the error.
+    """
+    GetFunction: _aio.UnaryUnaryMultiCallable[_functions_pb2.GetFunctionRequest, _functions_pb2.Function]
+    """Get a function"""
+    UpdateFunction: _aio.UnaryUnaryMultiCallable[_functions_pb2.UpdateFunctionRequest, _functions_pb2.Function]
+    """Change a function
+
+    Only what the body names is changed. New code, or anything else that its calls depend on, becomes a new version: the
+    one before goes on answering until the new one has been loaded, and for good if it cannot be.
+    """
+    DeleteFunction: _aio.UnaryUnaryMultiCallable[_functions_pb2.DeleteFunctionRequest, _functions_pb2.Function]
+    """Delete a function
+
+    Calls that are running are finished; its versions and logs go with it.
+    """
+    ListFunctionVersions: _aio.UnaryUnaryMultiCallable[_functions_pb2.ListFunctionVersionsRequest, _functions_pb2.ListFunctionVersionsResponse]
+    """List the versions of a function
+
+    Those that are kept, oldest first: the newest ten, and the one that answers.
+    """
+    RollbackFunction: _aio.UnaryUnaryMultiCallable[_functions_pb2.RollbackFunctionRequest, _functions_pb2.Function]
+    """Go back to an earlier version
+
+    Without a version: to the newest that could be loaded before the one that answers now.
+    """
+    InvokeFunction: _aio.UnaryUnaryMultiCallable[_functions_pb2.InvokeFunctionRequest, _functions_pb2.Invocation]
+    """Call a function
+
+    The body is the event, a JSON object; the handler gets it as it is. Waits for the answer, at most for the function's own
+    time limit. What the handler raises is no error of this API: the answer has it, with the status `failed`.
+    """
+    ListFunctionLogs: _aio.UnaryUnaryMultiCallable[_functions_pb2.ListFunctionLogsRequest, _functions_pb2.ListFunctionLogsResponse]
+    """List or await the log lines of a function
+
+    What its calls printed, and a line for each call, after `after`, oldest first. With `wait`, answers as soon as there
+    is something, or with an empty list once the time is over. To follow the log, ask again with the `sequence` of the
+    last line; the `Link` header has that address. The newest 10,000 lines of each version are kept.
+    """
 
 class FunctionServiceServicer(metaclass=_abc_1.ABCMeta):
     """Serverless functions."""
@@ -34,6 +76,96 @@ class FunctionServiceServicer(metaclass=_abc_1.ABCMeta):
         """List serverless functions
 
         Every function of the account, oldest first.
+        """
+
+    @_abc_1.abstractmethod
+    def CreateFunction(
+        self,
+        request: _functions_pb2.CreateFunctionRequest,
+        context: _aio.ServicerContext[_functions_pb2.CreateFunctionRequest, _abc.Awaitable[_functions_pb2.Function]],
+    ) -> _abc.Awaitable[_functions_pb2.Function]:
+        """Create a function
+
+        Answers as soon as the order is recorded, with the status `building`; the function can be called once it is `ready`.
+        If the code cannot be loaded, the status becomes `failed` and `progress` shows the error.
+        """
+
+    @_abc_1.abstractmethod
+    def GetFunction(
+        self,
+        request: _functions_pb2.GetFunctionRequest,
+        context: _aio.ServicerContext[_functions_pb2.GetFunctionRequest, _abc.Awaitable[_functions_pb2.Function]],
+    ) -> _abc.Awaitable[_functions_pb2.Function]:
+        """Get a function"""
+
+    @_abc_1.abstractmethod
+    def UpdateFunction(
+        self,
+        request: _functions_pb2.UpdateFunctionRequest,
+        context: _aio.ServicerContext[_functions_pb2.UpdateFunctionRequest, _abc.Awaitable[_functions_pb2.Function]],
+    ) -> _abc.Awaitable[_functions_pb2.Function]:
+        """Change a function
+
+        Only what the body names is changed. New code, or anything else that its calls depend on, becomes a new version: the
+        one before goes on answering until the new one has been loaded, and for good if it cannot be.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteFunction(
+        self,
+        request: _functions_pb2.DeleteFunctionRequest,
+        context: _aio.ServicerContext[_functions_pb2.DeleteFunctionRequest, _abc.Awaitable[_functions_pb2.Function]],
+    ) -> _abc.Awaitable[_functions_pb2.Function]:
+        """Delete a function
+
+        Calls that are running are finished; its versions and logs go with it.
+        """
+
+    @_abc_1.abstractmethod
+    def ListFunctionVersions(
+        self,
+        request: _functions_pb2.ListFunctionVersionsRequest,
+        context: _aio.ServicerContext[_functions_pb2.ListFunctionVersionsRequest, _abc.Awaitable[_functions_pb2.ListFunctionVersionsResponse]],
+    ) -> _abc.Awaitable[_functions_pb2.ListFunctionVersionsResponse]:
+        """List the versions of a function
+
+        Those that are kept, oldest first: the newest ten, and the one that answers.
+        """
+
+    @_abc_1.abstractmethod
+    def RollbackFunction(
+        self,
+        request: _functions_pb2.RollbackFunctionRequest,
+        context: _aio.ServicerContext[_functions_pb2.RollbackFunctionRequest, _abc.Awaitable[_functions_pb2.Function]],
+    ) -> _abc.Awaitable[_functions_pb2.Function]:
+        """Go back to an earlier version
+
+        Without a version: to the newest that could be loaded before the one that answers now.
+        """
+
+    @_abc_1.abstractmethod
+    def InvokeFunction(
+        self,
+        request: _functions_pb2.InvokeFunctionRequest,
+        context: _aio.ServicerContext[_functions_pb2.InvokeFunctionRequest, _abc.Awaitable[_functions_pb2.Invocation]],
+    ) -> _abc.Awaitable[_functions_pb2.Invocation]:
+        """Call a function
+
+        The body is the event, a JSON object; the handler gets it as it is. Waits for the answer, at most for the function's own
+        time limit. What the handler raises is no error of this API: the answer has it, with the status `failed`.
+        """
+
+    @_abc_1.abstractmethod
+    def ListFunctionLogs(
+        self,
+        request: _functions_pb2.ListFunctionLogsRequest,
+        context: _aio.ServicerContext[_functions_pb2.ListFunctionLogsRequest, _abc.Awaitable[_functions_pb2.ListFunctionLogsResponse]],
+    ) -> _abc.Awaitable[_functions_pb2.ListFunctionLogsResponse]:
+        """List or await the log lines of a function
+
+        What its calls printed, and a line for each call, after `after`, oldest first. With `wait`, answers as soon as there
+        is something, or with an empty list once the time is over. To follow the log, ask again with the `sequence` of the
+        last line; the `Link` header has that address. The newest 10,000 lines of each version are kept.
         """
 
 def add_FunctionServiceServicer_to_server(servicer: FunctionServiceServicer, server: _aio.Server) -> None: ...

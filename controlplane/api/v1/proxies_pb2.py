@@ -24,10 +24,13 @@ _sym_db = _symbol_database.Default()
 
 from controlplane.api.buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from controlplane.api.v1 import access_pb2 as controlplane_dot_api_dot_v1_dot_access__pb2
+from controlplane.api.v1 import progress_pb2 as controlplane_dot_api_dot_v1_dot_progress__pb2
 from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
+from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!controlplane/api/v1/proxies.proto\x12\x13\x63ontrolplane.api.v1\x1a\x1b\x62uf/validate/validate.proto\x1a controlplane/api/v1/access.proto\x1a\x1cgoogle/api/annotations.proto\"X\n\x05Proxy\x12\x31\n\x02id\x18\x01 \x01(\tB%\xbaH\"r \x92\x02\x1dpx_06fq2v9n7ke4w0xg5s1dzr8tbc\x12\x1c\n\x04name\x18\x02 \x01(\tB\x0e\xbaH\x0br\t\x92\x02\x06office\"S\n\x12ListProxiesRequest\x12\x1f\n\tpage_size\x18\x01 \x01(\x05\x42\x0c\xbaH\t\x1a\x07\x18\xe8\x07(\x00@d\x12\x1c\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\"t\n\x13ListProxiesResponse\x12+\n\x07proxies\x18\x01 \x03(\x0b\x32\x1a.controlplane.api.v1.Proxy\x12\x1c\n\x0fnext_page_token\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x12\n\x10_next_page_token2\xa9\x01\n\x0cProxyService\x12\x98\x01\n\x0bListProxies\x12\'.controlplane.api.v1.ListProxiesRequest\x1a(.controlplane.api.v1.ListProxiesResponse\"6\xaa\xbb\x18\x0e\n\x0cproxies:list\x82\xd3\xe4\x93\x02\x1e\x12\x13/api/portal/proxiesb\x07proxiesb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!controlplane/api/v1/proxies.proto\x12\x13\x63ontrolplane.api.v1\x1a\x1b\x62uf/validate/validate.proto\x1a controlplane/api/v1/access.proto\x1a\"controlplane/api/v1/progress.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xbe\x06\n\x05Proxy\x12\x31\n\x02id\x18\x01 \x01(\tB%\xbaH\"r \x92\x02\x1dpx_06fq2v9n7ke4w0xg5s1dzr8tbc\x12\x1c\n\x04name\x18\x02 \x01(\tB\x0e\xbaH\x0br\t\x92\x02\x06office\x12W\n\x06status\x18\x03 \x01(\tBG\xbaHDrBR\x0cprovisioningR\x05readyR\x08updatingR\x07\x65xpiredR\x08\x64\x65letingR\x06\x66\x61iled\x92\x02\x05ready\x12\x1d\n\x06region\x18\x04 \x01(\tB\r\xbaH\nr\x08\x92\x02\x05local\x12\x1f\n\x04host\x18\x05 \x01(\tB\x11\xbaH\x0er\x0c\x92\x02\t127.0.0.1\x12\x16\n\x04port\x18\x06 \x01(\rB\x08\xbaH\x05*\x03@\xb8\x08\x12\x37\n\x08username\x18\x07 \x01(\tB%\xbaH\"r \x92\x02\x1dpx_06fq2v9n7ke4w0xg5s1dzr8tbc\x12+\n\x08password\x18\x08 \x01(\tB\x14\xbaH\x11r\x0f\x92\x02\x0cmZ3v1x9QyT7cH\x00\x88\x01\x01\x12\x30\n\x0b\x61llowed_ips\x18\t \x03(\tB\x1b\xbaH\x18\x92\x01\x15\"\x13r\x11\x92\x02\x0e\x32\x30\x33.0.113.0/24\x12 \n\x0fmax_connections\x18\n \x01(\rB\x07\xbaH\x04*\x02@d\x12-\n\x10\x62ytes_per_second\x18\x0b \x01(\x01\x42\x0e\xbaH\x0b\x12\tI\x00\x00\x00\x00\x84\xd7gAH\x01\x88\x01\x01\x12\x33\n\nexpires_at\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x02\x88\x01\x01\x12.\n\ncreated_at\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nupdated_at\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1b\n\ngeneration\x18\x0f \x01(\rB\x07\xbaH\x04*\x02@\x01\x12$\n\x13observed_generation\x18\x10 \x01(\rB\x07\xbaH\x04*\x02@\x01\x12\x34\n\x08progress\x18\x11 \x01(\x0b\x32\x1d.controlplane.api.v1.ProgressH\x03\x88\x01\x01\x42\x0b\n\t_passwordB\x13\n\x11_bytes_per_secondB\r\n\x0b_expires_atB\x0b\n\t_progress\"\xfe\x01\n\x0b\x43reateProxy\x12\x42\n\x04name\x18\x01 \x01(\tB4\xbaH1r,2!^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$\x92\x02\x06office\xc8\x01\x01\x12&\n\x06region\x18\x02 \x01(\tB\x11\xbaH\x0er\x0c\x10\x01\x18@\x92\x02\x05localH\x00\x88\x01\x01\x12\x34\n\x0b\x61llowed_ips\x18\x03 \x03(\tB\x1f\xbaH\x1c\x92\x01\x19\x10\x64\"\x15r\x13\x18@\x92\x02\x0e\x32\x30\x33.0.113.0/24\x12\x33\n\nexpires_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x01\x88\x01\x01\x42\t\n\x07_regionB\r\n\x0b_expires_at\"\xb8\x03\n\x0bUpdateProxy\x12\xe3\x01\n\x0b\x61llowed_ips\x18\x01 \x01(\x0b\x32\x16.google.protobuf.ValueB\xb5\x01\xbaH\xb1\x01\xba\x01\xad\x01\n\x11\x61llowed_ips.items\x12\x34must be a list of at most 100 addresses and networks\x1a\x62type(this) == list && size(this) <= 100 && this.all(v, type(v) == string && size(string(v)) <= 64)\x12\xb3\x01\n\nexpires_at\x18\x02 \x01(\x0b\x32\x16.google.protobuf.ValueB\x81\x01\xbaH~\xba\x01{\n\x0f\x65xpires_at.kind\x12\x42\x61 time is a string such as 2027-01-31T12:00:00Z, or null for never\x1a$this == null || type(this) == stringH\x00\x88\x01\x01\x42\r\n\x0b_expires_at\">\n\nProxyUsage\x12\x30\n\x04\x64\x61ys\x18\x01 \x03(\x0b\x32\".controlplane.api.v1.ProxyUsageDay\"\x9c\x01\n\rProxyUsageDay\x12 \n\x04\x64\x61te\x18\x01 \x01(\tB\x12\xbaH\x0fr\r\x92\x02\n2027-01-31\x12 \n\x08\x62ytes_up\x18\x02 \x01(\x01\x42\x0e\xbaH\x0b\x12\tI\x00\x00\x00\x00\xa0\x8a\xe7@\x12\"\n\nbytes_down\x18\x03 \x01(\x01\x42\x0e\xbaH\x0b\x12\tI\x00\x00\x00\xc0ulaA\x12#\n\x0b\x63onnections\x18\x04 \x01(\x01\x42\x0e\xbaH\x0b\x12\tI\x00\x00\x00\x00\x00\x80\x42@\"S\n\x12ListProxiesRequest\x12\x1f\n\tpage_size\x18\x01 \x01(\x05\x42\x0c\xbaH\t\x1a\x07\x18\xe8\x07(\x00@d\x12\x1c\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\"t\n\x13ListProxiesResponse\x12+\n\x07proxies\x18\x01 \x03(\x0b\x32\x1a.controlplane.api.v1.Proxy\x12\x1c\n\x0fnext_page_token\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x12\n\x10_next_page_token\"d\n\x12\x43reateProxyRequest\x12\x37\n\x05proxy\x18\x01 \x01(\x0b\x32 .controlplane.api.v1.CreateProxyB\x06\xbaH\x03\xc8\x01\x01\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\"4\n\x0fGetProxyRequest\x12!\n\x04name\x18\x01 \x01(\tB\x13\xbaH\x10r\x0e\x10\x01\x18\xff\x01\x92\x02\x06office\"\x87\x01\n\x12UpdateProxyRequest\x12!\n\x04name\x18\x01 \x01(\tB\x13\xbaH\x10r\x0e\x10\x01\x18\xff\x01\x92\x02\x06office\x12\x37\n\x05proxy\x18\x02 \x01(\x0b\x32 .controlplane.api.v1.UpdateProxyB\x06\xbaH\x03\xc8\x01\x01\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"N\n\x12\x44\x65leteProxyRequest\x12!\n\x04name\x18\x01 \x01(\tB\x13\xbaH\x10r\x0e\x10\x01\x18\xff\x01\x92\x02\x06office\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\"V\n\x1aRotateProxyPasswordRequest\x12!\n\x04name\x18\x01 \x01(\tB\x13\xbaH\x10r\x0e\x10\x01\x18\xff\x01\x92\x02\x06office\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\"9\n\x14GetProxyUsageRequest\x12!\n\x04name\x18\x01 \x01(\tB\x13\xbaH\x10r\x0e\x10\x01\x18\xff\x01\x92\x02\x06office2\xd9\x08\n\x0cProxyService\x12\x98\x01\n\x0bListProxies\x12\'.controlplane.api.v1.ListProxiesRequest\x1a(.controlplane.api.v1.ListProxiesResponse\"6\xaa\xbb\x18\x0e\n\x0cproxies:list\x82\xd3\xe4\x93\x02\x1e\x12\x13/api/portal/proxiesb\x07proxies\x12\x97\x01\n\x0b\x43reateProxy\x12\'.controlplane.api.v1.CreateProxyRequest\x1a\x1a.controlplane.api.v1.Proxy\"C\xaa\xbb\x18\x10\n\x0eproxies:create\xb2\xbb\x18\t\x08\xc9\x01\x12\x04\x92\x03\x99\x03\x82\xd3\xe4\x93\x02\x1c\"\x13/api/portal/proxies:\x05proxy\x12\x89\x01\n\x08GetProxy\x12$.controlplane.api.v1.GetProxyRequest\x1a\x1a.controlplane.api.v1.Proxy\";\xaa\xbb\x18\r\n\x0bproxies:get\xb2\xbb\x18\x04\x12\x02\x94\x03\x82\xd3\xe4\x93\x02\x1c\x12\x1a/api/portal/proxies/{name}\x12\x9d\x01\n\x0bUpdateProxy\x12\'.controlplane.api.v1.UpdateProxyRequest\x1a\x1a.controlplane.api.v1.Proxy\"I\xaa\xbb\x18\x10\n\x0eproxies:update\xb2\xbb\x18\x08\x12\x06\x94\x03\x99\x03\x9c\x03\x82\xd3\xe4\x93\x02#2\x1a/api/portal/proxies/{name}:\x05proxy\x12\x94\x01\n\x0b\x44\x65leteProxy\x12\'.controlplane.api.v1.DeleteProxyRequest\x1a\x1a.controlplane.api.v1.Proxy\"@\xaa\xbb\x18\x10\n\x0eproxies:delete\xb2\xbb\x18\x06\x12\x04\x94\x03\x9c\x03\x82\xd3\xe4\x93\x02\x1c*\x1a/api/portal/proxies/{name}\x12\xaf\x01\n\x13RotateProxyPassword\x12/.controlplane.api.v1.RotateProxyPasswordRequest\x1a\x1a.controlplane.api.v1.Proxy\"K\xaa\xbb\x18\x10\n\x0eproxies:update\xb2\xbb\x18\x08\x12\x06\x94\x03\x99\x03\x9c\x03\x82\xd3\xe4\x93\x02%\"#/api/portal/proxies/{name}/password\x12\x9e\x01\n\rGetProxyUsage\x12).controlplane.api.v1.GetProxyUsageRequest\x1a\x1f.controlplane.api.v1.ProxyUsage\"A\xaa\xbb\x18\r\n\x0bproxies:get\xb2\xbb\x18\x04\x12\x02\x94\x03\x82\xd3\xe4\x93\x02\"\x12 /api/portal/proxies/{name}/usageb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,18 +41,104 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROXY'].fields_by_name['id']._serialized_options = b'\272H\"r \222\002\035px_06fq2v9n7ke4w0xg5s1dzr8tbc'
   _globals['_PROXY'].fields_by_name['name']._loaded_options = None
   _globals['_PROXY'].fields_by_name['name']._serialized_options = b'\272H\013r\t\222\002\006office'
+  _globals['_PROXY'].fields_by_name['status']._loaded_options = None
+  _globals['_PROXY'].fields_by_name['status']._serialized_options = b'\272HDrBR\014provisioningR\005readyR\010updatingR\007expiredR\010deletingR\006failed\222\002\005ready'
+  _globals['_PROXY'].fields_by_name['region']._loaded_options = None
+  _globals['_PROXY'].fields_by_name['region']._serialized_options = b'\272H\nr\010\222\002\005local'
+  _globals['_PROXY'].fields_by_name['host']._loaded_options = None
+  _globals['_PROXY'].fields_by_name['host']._serialized_options = b'\272H\016r\014\222\002\t127.0.0.1'
+  _globals['_PROXY'].fields_by_name['port']._loaded_options = None
+  _globals['_PROXY'].fields_by_name['port']._serialized_options = b'\272H\005*\003@\270\010'
+  _globals['_PROXY'].fields_by_name['username']._loaded_options = None
+  _globals['_PROXY'].fields_by_name['username']._serialized_options = b'\272H\"r \222\002\035px_06fq2v9n7ke4w0xg5s1dzr8tbc'
+  _globals['_PROXY'].fields_by_name['password']._loaded_options = None
+  _globals['_PROXY'].fields_by_name['password']._serialized_options = b'\272H\021r\017\222\002\014mZ3v1x9QyT7c'
+  _globals['_PROXY'].fields_by_name['allowed_ips']._loaded_options = None
+  _globals['_PROXY'].fields_by_name['allowed_ips']._serialized_options = b'\272H\030\222\001\025\"\023r\021\222\002\016203.0.113.0/24'
+  _globals['_PROXY'].fields_by_name['max_connections']._loaded_options = None
+  _globals['_PROXY'].fields_by_name['max_connections']._serialized_options = b'\272H\004*\002@d'
+  _globals['_PROXY'].fields_by_name['bytes_per_second']._loaded_options = None
+  _globals['_PROXY'].fields_by_name['bytes_per_second']._serialized_options = b'\272H\013\022\tI\000\000\000\000\204\327gA'
+  _globals['_PROXY'].fields_by_name['generation']._loaded_options = None
+  _globals['_PROXY'].fields_by_name['generation']._serialized_options = b'\272H\004*\002@\001'
+  _globals['_PROXY'].fields_by_name['observed_generation']._loaded_options = None
+  _globals['_PROXY'].fields_by_name['observed_generation']._serialized_options = b'\272H\004*\002@\001'
+  _globals['_CREATEPROXY'].fields_by_name['name']._loaded_options = None
+  _globals['_CREATEPROXY'].fields_by_name['name']._serialized_options = b'\272H1r,2!^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$\222\002\006office\310\001\001'
+  _globals['_CREATEPROXY'].fields_by_name['region']._loaded_options = None
+  _globals['_CREATEPROXY'].fields_by_name['region']._serialized_options = b'\272H\016r\014\020\001\030@\222\002\005local'
+  _globals['_CREATEPROXY'].fields_by_name['allowed_ips']._loaded_options = None
+  _globals['_CREATEPROXY'].fields_by_name['allowed_ips']._serialized_options = b'\272H\034\222\001\031\020d\"\025r\023\030@\222\002\016203.0.113.0/24'
+  _globals['_UPDATEPROXY'].fields_by_name['allowed_ips']._loaded_options = None
+  _globals['_UPDATEPROXY'].fields_by_name['allowed_ips']._serialized_options = b'\272H\261\001\272\001\255\001\n\021allowed_ips.items\0224must be a list of at most 100 addresses and networks\032btype(this) == list && size(this) <= 100 && this.all(v, type(v) == string && size(string(v)) <= 64)'
+  _globals['_UPDATEPROXY'].fields_by_name['expires_at']._loaded_options = None
+  _globals['_UPDATEPROXY'].fields_by_name['expires_at']._serialized_options = b'\272H~\272\001{\n\017expires_at.kind\022Ba time is a string such as 2027-01-31T12:00:00Z, or null for never\032$this == null || type(this) == string'
+  _globals['_PROXYUSAGEDAY'].fields_by_name['date']._loaded_options = None
+  _globals['_PROXYUSAGEDAY'].fields_by_name['date']._serialized_options = b'\272H\017r\r\222\002\n2027-01-31'
+  _globals['_PROXYUSAGEDAY'].fields_by_name['bytes_up']._loaded_options = None
+  _globals['_PROXYUSAGEDAY'].fields_by_name['bytes_up']._serialized_options = b'\272H\013\022\tI\000\000\000\000\240\212\347@'
+  _globals['_PROXYUSAGEDAY'].fields_by_name['bytes_down']._loaded_options = None
+  _globals['_PROXYUSAGEDAY'].fields_by_name['bytes_down']._serialized_options = b'\272H\013\022\tI\000\000\000\300ulaA'
+  _globals['_PROXYUSAGEDAY'].fields_by_name['connections']._loaded_options = None
+  _globals['_PROXYUSAGEDAY'].fields_by_name['connections']._serialized_options = b'\272H\013\022\tI\000\000\000\000\000\200B@'
   _globals['_LISTPROXIESREQUEST'].fields_by_name['page_size']._loaded_options = None
   _globals['_LISTPROXIESREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\t\032\007\030\350\007(\000@d'
   _globals['_LISTPROXIESREQUEST'].fields_by_name['page_token']._loaded_options = None
   _globals['_LISTPROXIESREQUEST'].fields_by_name['page_token']._serialized_options = b'\272H\005r\003\030\200\002'
+  _globals['_CREATEPROXYREQUEST'].fields_by_name['proxy']._loaded_options = None
+  _globals['_CREATEPROXYREQUEST'].fields_by_name['proxy']._serialized_options = b'\272H\003\310\001\001'
+  _globals['_GETPROXYREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_GETPROXYREQUEST'].fields_by_name['name']._serialized_options = b'\272H\020r\016\020\001\030\377\001\222\002\006office'
+  _globals['_UPDATEPROXYREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_UPDATEPROXYREQUEST'].fields_by_name['name']._serialized_options = b'\272H\020r\016\020\001\030\377\001\222\002\006office'
+  _globals['_UPDATEPROXYREQUEST'].fields_by_name['proxy']._loaded_options = None
+  _globals['_UPDATEPROXYREQUEST'].fields_by_name['proxy']._serialized_options = b'\272H\003\310\001\001'
+  _globals['_DELETEPROXYREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_DELETEPROXYREQUEST'].fields_by_name['name']._serialized_options = b'\272H\020r\016\020\001\030\377\001\222\002\006office'
+  _globals['_ROTATEPROXYPASSWORDREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_ROTATEPROXYPASSWORDREQUEST'].fields_by_name['name']._serialized_options = b'\272H\020r\016\020\001\030\377\001\222\002\006office'
+  _globals['_GETPROXYUSAGEREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_GETPROXYUSAGEREQUEST'].fields_by_name['name']._serialized_options = b'\272H\020r\016\020\001\030\377\001\222\002\006office'
   _globals['_PROXYSERVICE'].methods_by_name['ListProxies']._loaded_options = None
   _globals['_PROXYSERVICE'].methods_by_name['ListProxies']._serialized_options = b'\252\273\030\016\n\014proxies:list\202\323\344\223\002\036\022\023/api/portal/proxiesb\007proxies'
-  _globals['_PROXY']._serialized_start=151
-  _globals['_PROXY']._serialized_end=239
-  _globals['_LISTPROXIESREQUEST']._serialized_start=241
-  _globals['_LISTPROXIESREQUEST']._serialized_end=324
-  _globals['_LISTPROXIESRESPONSE']._serialized_start=326
-  _globals['_LISTPROXIESRESPONSE']._serialized_end=442
-  _globals['_PROXYSERVICE']._serialized_start=445
-  _globals['_PROXYSERVICE']._serialized_end=614
+  _globals['_PROXYSERVICE'].methods_by_name['CreateProxy']._loaded_options = None
+  _globals['_PROXYSERVICE'].methods_by_name['CreateProxy']._serialized_options = b'\252\273\030\020\n\016proxies:create\262\273\030\t\010\311\001\022\004\222\003\231\003\202\323\344\223\002\034\"\023/api/portal/proxies:\005proxy'
+  _globals['_PROXYSERVICE'].methods_by_name['GetProxy']._loaded_options = None
+  _globals['_PROXYSERVICE'].methods_by_name['GetProxy']._serialized_options = b'\252\273\030\r\n\013proxies:get\262\273\030\004\022\002\224\003\202\323\344\223\002\034\022\032/api/portal/proxies/{name}'
+  _globals['_PROXYSERVICE'].methods_by_name['UpdateProxy']._loaded_options = None
+  _globals['_PROXYSERVICE'].methods_by_name['UpdateProxy']._serialized_options = b'\252\273\030\020\n\016proxies:update\262\273\030\010\022\006\224\003\231\003\234\003\202\323\344\223\002#2\032/api/portal/proxies/{name}:\005proxy'
+  _globals['_PROXYSERVICE'].methods_by_name['DeleteProxy']._loaded_options = None
+  _globals['_PROXYSERVICE'].methods_by_name['DeleteProxy']._serialized_options = b'\252\273\030\020\n\016proxies:delete\262\273\030\006\022\004\224\003\234\003\202\323\344\223\002\034*\032/api/portal/proxies/{name}'
+  _globals['_PROXYSERVICE'].methods_by_name['RotateProxyPassword']._loaded_options = None
+  _globals['_PROXYSERVICE'].methods_by_name['RotateProxyPassword']._serialized_options = b'\252\273\030\020\n\016proxies:update\262\273\030\010\022\006\224\003\231\003\234\003\202\323\344\223\002%\"#/api/portal/proxies/{name}/password'
+  _globals['_PROXYSERVICE'].methods_by_name['GetProxyUsage']._loaded_options = None
+  _globals['_PROXYSERVICE'].methods_by_name['GetProxyUsage']._serialized_options = b'\252\273\030\r\n\013proxies:get\262\273\030\004\022\002\224\003\202\323\344\223\002\"\022 /api/portal/proxies/{name}/usage'
+  _globals['_PROXY']._serialized_start=251
+  _globals['_PROXY']._serialized_end=1081
+  _globals['_CREATEPROXY']._serialized_start=1084
+  _globals['_CREATEPROXY']._serialized_end=1338
+  _globals['_UPDATEPROXY']._serialized_start=1341
+  _globals['_UPDATEPROXY']._serialized_end=1781
+  _globals['_PROXYUSAGE']._serialized_start=1783
+  _globals['_PROXYUSAGE']._serialized_end=1845
+  _globals['_PROXYUSAGEDAY']._serialized_start=1848
+  _globals['_PROXYUSAGEDAY']._serialized_end=2004
+  _globals['_LISTPROXIESREQUEST']._serialized_start=2006
+  _globals['_LISTPROXIESREQUEST']._serialized_end=2089
+  _globals['_LISTPROXIESRESPONSE']._serialized_start=2091
+  _globals['_LISTPROXIESRESPONSE']._serialized_end=2207
+  _globals['_CREATEPROXYREQUEST']._serialized_start=2209
+  _globals['_CREATEPROXYREQUEST']._serialized_end=2309
+  _globals['_GETPROXYREQUEST']._serialized_start=2311
+  _globals['_GETPROXYREQUEST']._serialized_end=2363
+  _globals['_UPDATEPROXYREQUEST']._serialized_start=2366
+  _globals['_UPDATEPROXYREQUEST']._serialized_end=2501
+  _globals['_DELETEPROXYREQUEST']._serialized_start=2503
+  _globals['_DELETEPROXYREQUEST']._serialized_end=2581
+  _globals['_ROTATEPROXYPASSWORDREQUEST']._serialized_start=2583
+  _globals['_ROTATEPROXYPASSWORDREQUEST']._serialized_end=2669
+  _globals['_GETPROXYUSAGEREQUEST']._serialized_start=2671
+  _globals['_GETPROXYUSAGEREQUEST']._serialized_end=2728
+  _globals['_PROXYSERVICE']._serialized_start=2731
+  _globals['_PROXYSERVICE']._serialized_end=3844
 # @@protoc_insertion_point(module_scope)

@@ -4,8 +4,11 @@ isort:skip_file
 """
 
 from collections import abc as _abc
+from controlplane.api.v1 import progress_pb2 as _progress_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import struct_pb2 as _struct_pb2
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
@@ -20,29 +23,249 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Proxy(_message.Message):
-    """A SOCKS5 proxy."""
+    """A SOCKS5 proxy (RFC 1928), with a username and a password (RFC 1929)."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    REGION_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    USERNAME_FIELD_NUMBER: _builtins.int
+    PASSWORD_FIELD_NUMBER: _builtins.int
+    ALLOWED_IPS_FIELD_NUMBER: _builtins.int
+    MAX_CONNECTIONS_FIELD_NUMBER: _builtins.int
+    BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    CREATED_AT_FIELD_NUMBER: _builtins.int
+    UPDATED_AT_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    OBSERVED_GENERATION_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The proxy's own id."""
     name: _builtins.str
     """The name within the account."""
+    status: _builtins.str
+    """Where it is between being ordered and being gone; `expired` once `expires_at` is over."""
+    region: _builtins.str
+    """The region that its traffic comes from."""
+    host: _builtins.str
+    """Where it takes connections: a name or an address."""
+    port: _builtins.int
+    """And the TCP port."""
+    username: _builtins.str
+    """The user to log in as."""
+    password: _builtins.str
+    """The password; only in the answers that have made it."""
+    max_connections: _builtins.int
+    """How many connections it takes at the same time."""
+    bytes_per_second: _builtins.float
+    """How much it carries each second, both ways together, in bytes; absent: no limit."""
+    generation: _builtins.int
+    """How often the order has changed; the `ETag` is made of it."""
+    observed_generation: _builtins.int
+    """The newest generation that its host has taken over."""
+    @_builtins.property
+    def allowed_ips(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The addresses and networks that may use it; everywhere when empty."""
+
+    @_builtins.property
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """When it stops working."""
+
+    @_builtins.property
+    def created_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was ordered."""
+
+    @_builtins.property
+    def updated_at(self) -> _timestamp_pb2.Timestamp:
+        """When the order last changed."""
+
+    @_builtins.property
+    def progress(self) -> _progress_pb2.Progress:
+        """What it is waiting for; absent while all is as ordered."""
+
     def __init__(
         self,
         *,
         id: _builtins.str = ...,
         name: _builtins.str = ...,
+        status: _builtins.str = ...,
+        region: _builtins.str = ...,
+        host: _builtins.str = ...,
+        port: _builtins.int = ...,
+        username: _builtins.str = ...,
+        password: _builtins.str | None = ...,
+        allowed_ips: _abc.Iterable[_builtins.str] | None = ...,
+        max_connections: _builtins.int = ...,
+        bytes_per_second: _builtins.float | None = ...,
+        expires_at: _timestamp_pb2.Timestamp | None = ...,
+        created_at: _timestamp_pb2.Timestamp | None = ...,
+        updated_at: _timestamp_pb2.Timestamp | None = ...,
+        generation: _builtins.int = ...,
+        observed_generation: _builtins.int = ...,
+        progress: _progress_pb2.Progress | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bytes_per_second", b"_bytes_per_second", "_expires_at", b"_expires_at", "_password", b"_password", "_progress", b"_progress", "bytes_per_second", b"bytes_per_second", "created_at", b"created_at", "expires_at", b"expires_at", "password", b"password", "progress", b"progress", "updated_at", b"updated_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bytes_per_second", b"_bytes_per_second", "_expires_at", b"_expires_at", "_password", b"_password", "_progress", b"_progress", "allowed_ips", b"allowed_ips", "bytes_per_second", b"bytes_per_second", "created_at", b"created_at", "expires_at", b"expires_at", "generation", b"generation", "host", b"host", "id", b"id", "max_connections", b"max_connections", "name", b"name", "observed_generation", b"observed_generation", "password", b"password", "port", b"port", "progress", b"progress", "region", b"region", "status", b"status", "updated_at", b"updated_at", "username", b"username"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__bytes_per_second: _TypeAlias = _typing.Literal["bytes_per_second"]  # noqa: Y015
+    _WhichOneofArgType__bytes_per_second: _TypeAlias = _typing.Literal["_bytes_per_second", b"_bytes_per_second"]  # noqa: Y015
+    _WhichOneofReturnType__expires_at: _TypeAlias = _typing.Literal["expires_at"]  # noqa: Y015
+    _WhichOneofArgType__expires_at: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at"]  # noqa: Y015
+    _WhichOneofReturnType__password: _TypeAlias = _typing.Literal["password"]  # noqa: Y015
+    _WhichOneofArgType__password: _TypeAlias = _typing.Literal["_password", b"_password"]  # noqa: Y015
+    _WhichOneofReturnType__progress: _TypeAlias = _typing.Literal["progress"]  # noqa: Y015
+    _WhichOneofArgType__progress: _TypeAlias = _typing.Literal["_progress", b"_progress"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bytes_per_second) -> _WhichOneofReturnType__bytes_per_second | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expires_at) -> _WhichOneofReturnType__expires_at | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__password) -> _WhichOneofReturnType__password | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__progress) -> _WhichOneofReturnType__progress | None: ...
+
+Global___Proxy: _TypeAlias = Proxy  # noqa: Y015
+
+@_typing.final
+class CreateProxy(_message.Message):
+    """What a customer decides when ordering a proxy."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REGION_FIELD_NUMBER: _builtins.int
+    ALLOWED_IPS_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The name: lower-case letters, digits and hyphens, unique within the account."""
+    region: _builtins.str
+    """Where its traffic comes from; the provider's default when absent. `/api/portal/regions` lists them."""
+    @_builtins.property
+    def allowed_ips(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The addresses and networks (CIDR) that may use it; everywhere when empty."""
+
+    @_builtins.property
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """When it stops working; never when absent."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        region: _builtins.str | None = ...,
+        allowed_ips: _abc.Iterable[_builtins.str] | None = ...,
+        expires_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at", "_region", b"_region", "expires_at", b"expires_at", "region", b"region"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at", "_region", b"_region", "allowed_ips", b"allowed_ips", "expires_at", b"expires_at", "name", b"name", "region", b"region"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expires_at: _TypeAlias = _typing.Literal["expires_at"]  # noqa: Y015
+    _WhichOneofArgType__expires_at: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at"]  # noqa: Y015
+    _WhichOneofReturnType__region: _TypeAlias = _typing.Literal["region"]  # noqa: Y015
+    _WhichOneofArgType__region: _TypeAlias = _typing.Literal["_region", b"_region"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expires_at) -> _WhichOneofReturnType__expires_at | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__region) -> _WhichOneofReturnType__region | None: ...
+
+Global___CreateProxy: _TypeAlias = CreateProxy  # noqa: Y015
+
+@_typing.final
+class UpdateProxy(_message.Message):
+    """What a customer may change about a proxy."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALLOWED_IPS_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def allowed_ips(self) -> _struct_pb2.Value:
+        """The addresses and networks that may use it; an empty list lets everywhere in."""
+
+    @_builtins.property
+    def expires_at(self) -> _struct_pb2.Value:
+        """When it stops working; null for never."""
+
+    def __init__(
+        self,
+        *,
+        allowed_ips: _struct_pb2.Value | None = ...,
+        expires_at: _struct_pb2.Value | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at", "allowed_ips", b"allowed_ips", "expires_at", b"expires_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at", "allowed_ips", b"allowed_ips", "expires_at", b"expires_at"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expires_at: _TypeAlias = _typing.Literal["expires_at"]  # noqa: Y015
+    _WhichOneofArgType__expires_at: _TypeAlias = _typing.Literal["_expires_at", b"_expires_at"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expires_at) -> _WhichOneofReturnType__expires_at | None: ...
+
+Global___UpdateProxy: _TypeAlias = UpdateProxy  # noqa: Y015
+
+@_typing.final
+class ProxyUsage(_message.Message):
+    """What went through a proxy, day by day."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DAYS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def days(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProxyUsageDay]:
+        """The days."""
+
+    def __init__(
+        self,
+        *,
+        days: _abc.Iterable[Global___ProxyUsageDay] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["days", b"days"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Proxy: _TypeAlias = Proxy  # noqa: Y015
+Global___ProxyUsage: _TypeAlias = ProxyUsage  # noqa: Y015
+
+@_typing.final
+class ProxyUsageDay(_message.Message):
+    """What went through a proxy on one day."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATE_FIELD_NUMBER: _builtins.int
+    BYTES_UP_FIELD_NUMBER: _builtins.int
+    BYTES_DOWN_FIELD_NUMBER: _builtins.int
+    CONNECTIONS_FIELD_NUMBER: _builtins.int
+    date: _builtins.str
+    """The day (UTC)."""
+    bytes_up: _builtins.float
+    """Payload that its clients sent, in bytes."""
+    bytes_down: _builtins.float
+    """Payload that its clients received, in bytes."""
+    connections: _builtins.float
+    """How many connections were opened."""
+    def __init__(
+        self,
+        *,
+        date: _builtins.str = ...,
+        bytes_up: _builtins.float = ...,
+        bytes_down: _builtins.float = ...,
+        connections: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "connections", b"connections", "date", b"date"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProxyUsageDay: _TypeAlias = ProxyUsageDay  # noqa: Y015
 
 @_typing.final
 class ListProxiesRequest(_message.Message):
@@ -95,3 +318,147 @@ class ListProxiesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__next_page_token) -> _WhichOneofReturnType__next_page_token | None: ...
 
 Global___ListProxiesResponse: _TypeAlias = ListProxiesResponse  # noqa: Y015
+
+@_typing.final
+class CreateProxyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROXY_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    validate_only: _builtins.bool
+    """Check everything, answer what would be, and change nothing."""
+    @_builtins.property
+    def proxy(self) -> Global___CreateProxy:
+        """What to create."""
+
+    def __init__(
+        self,
+        *,
+        proxy: Global___CreateProxy | None = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["proxy", b"proxy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["proxy", b"proxy", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateProxyRequest: _TypeAlias = CreateProxyRequest  # noqa: Y015
+
+@_typing.final
+class GetProxyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The proxy's name."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetProxyRequest: _TypeAlias = GetProxyRequest  # noqa: Y015
+
+@_typing.final
+class UpdateProxyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PROXY_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The proxy's name."""
+    validate_only: _builtins.bool
+    """Check everything, answer what would be, and change nothing."""
+    @_builtins.property
+    def proxy(self) -> Global___UpdateProxy:
+        """What to change."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        proxy: Global___UpdateProxy | None = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["proxy", b"proxy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "proxy", b"proxy", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateProxyRequest: _TypeAlias = UpdateProxyRequest  # noqa: Y015
+
+@_typing.final
+class DeleteProxyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The proxy's name."""
+    validate_only: _builtins.bool
+    """Check everything, answer what would be, and change nothing."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteProxyRequest: _TypeAlias = DeleteProxyRequest  # noqa: Y015
+
+@_typing.final
+class RotateProxyPasswordRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The proxy's name."""
+    validate_only: _builtins.bool
+    """Check everything, answer what would be, and change nothing."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotateProxyPasswordRequest: _TypeAlias = RotateProxyPasswordRequest  # noqa: Y015
+
+@_typing.final
+class GetProxyUsageRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The proxy's name."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetProxyUsageRequest: _TypeAlias = GetProxyUsageRequest  # noqa: Y015

@@ -40,6 +40,36 @@ class ProxyServiceStub:
                 request_serializer=controlplane_dot_api_dot_v1_dot_proxies__pb2.ListProxiesRequest.SerializeToString,
                 response_deserializer=controlplane_dot_api_dot_v1_dot_proxies__pb2.ListProxiesResponse.FromString,
                 _registered_method=True)
+        self.CreateProxy = channel.unary_unary(
+                '/controlplane.api.v1.ProxyService/CreateProxy',
+                request_serializer=controlplane_dot_api_dot_v1_dot_proxies__pb2.CreateProxyRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_proxies__pb2.Proxy.FromString,
+                _registered_method=True)
+        self.GetProxy = channel.unary_unary(
+                '/controlplane.api.v1.ProxyService/GetProxy',
+                request_serializer=controlplane_dot_api_dot_v1_dot_proxies__pb2.GetProxyRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_proxies__pb2.Proxy.FromString,
+                _registered_method=True)
+        self.UpdateProxy = channel.unary_unary(
+                '/controlplane.api.v1.ProxyService/UpdateProxy',
+                request_serializer=controlplane_dot_api_dot_v1_dot_proxies__pb2.UpdateProxyRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_proxies__pb2.Proxy.FromString,
+                _registered_method=True)
+        self.DeleteProxy = channel.unary_unary(
+                '/controlplane.api.v1.ProxyService/DeleteProxy',
+                request_serializer=controlplane_dot_api_dot_v1_dot_proxies__pb2.DeleteProxyRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_proxies__pb2.Proxy.FromString,
+                _registered_method=True)
+        self.RotateProxyPassword = channel.unary_unary(
+                '/controlplane.api.v1.ProxyService/RotateProxyPassword',
+                request_serializer=controlplane_dot_api_dot_v1_dot_proxies__pb2.RotateProxyPasswordRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_proxies__pb2.Proxy.FromString,
+                _registered_method=True)
+        self.GetProxyUsage = channel.unary_unary(
+                '/controlplane.api.v1.ProxyService/GetProxyUsage',
+                request_serializer=controlplane_dot_api_dot_v1_dot_proxies__pb2.GetProxyUsageRequest.SerializeToString,
+                response_deserializer=controlplane_dot_api_dot_v1_dot_proxies__pb2.ProxyUsage.FromString,
+                _registered_method=True)
 
 
 class ProxyServiceServicer:
@@ -55,6 +85,59 @@ class ProxyServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateProxy(self, request, context):
+        """Create a SOCKS5 proxy
+
+        The answer has the password, this once. The proxy takes connections once it is `ready`, as a rule within a second.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetProxy(self, request, context):
+        """Get a proxy
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateProxy(self, request, context):
+        """Change a proxy
+
+        Only what the body names is changed. Connections that would not be let in any more are cut.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteProxy(self, request, context):
+        """Delete a proxy
+
+        Its open connections are cut. The answer has the status `deleting`; afterwards the name answers 404 and is free again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RotateProxyPassword(self, request, context):
+        """Give a proxy a new password
+
+        The answer has the new password, this once. Once the proxy is `ready`, the old one has stopped working and the
+        connections that it opened are cut.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetProxyUsage(self, request, context):
+        """Show what went through a proxy
+
+        For each day (UTC) on which it was used, oldest first, at most the last 400.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ProxyServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -62,6 +145,36 @@ def add_ProxyServiceServicer_to_server(servicer, server):
                     servicer.ListProxies,
                     request_deserializer=controlplane_dot_api_dot_v1_dot_proxies__pb2.ListProxiesRequest.FromString,
                     response_serializer=controlplane_dot_api_dot_v1_dot_proxies__pb2.ListProxiesResponse.SerializeToString,
+            ),
+            'CreateProxy': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateProxy,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_proxies__pb2.CreateProxyRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_proxies__pb2.Proxy.SerializeToString,
+            ),
+            'GetProxy': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetProxy,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_proxies__pb2.GetProxyRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_proxies__pb2.Proxy.SerializeToString,
+            ),
+            'UpdateProxy': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateProxy,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_proxies__pb2.UpdateProxyRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_proxies__pb2.Proxy.SerializeToString,
+            ),
+            'DeleteProxy': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteProxy,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_proxies__pb2.DeleteProxyRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_proxies__pb2.Proxy.SerializeToString,
+            ),
+            'RotateProxyPassword': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateProxyPassword,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_proxies__pb2.RotateProxyPasswordRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_proxies__pb2.Proxy.SerializeToString,
+            ),
+            'GetProxyUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetProxyUsage,
+                    request_deserializer=controlplane_dot_api_dot_v1_dot_proxies__pb2.GetProxyUsageRequest.FromString,
+                    response_serializer=controlplane_dot_api_dot_v1_dot_proxies__pb2.ProxyUsage.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -92,6 +205,168 @@ class ProxyService:
             '/controlplane.api.v1.ProxyService/ListProxies',
             controlplane_dot_api_dot_v1_dot_proxies__pb2.ListProxiesRequest.SerializeToString,
             controlplane_dot_api_dot_v1_dot_proxies__pb2.ListProxiesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateProxy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/controlplane.api.v1.ProxyService/CreateProxy',
+            controlplane_dot_api_dot_v1_dot_proxies__pb2.CreateProxyRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_proxies__pb2.Proxy.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetProxy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/controlplane.api.v1.ProxyService/GetProxy',
+            controlplane_dot_api_dot_v1_dot_proxies__pb2.GetProxyRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_proxies__pb2.Proxy.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateProxy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/controlplane.api.v1.ProxyService/UpdateProxy',
+            controlplane_dot_api_dot_v1_dot_proxies__pb2.UpdateProxyRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_proxies__pb2.Proxy.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteProxy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/controlplane.api.v1.ProxyService/DeleteProxy',
+            controlplane_dot_api_dot_v1_dot_proxies__pb2.DeleteProxyRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_proxies__pb2.Proxy.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RotateProxyPassword(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/controlplane.api.v1.ProxyService/RotateProxyPassword',
+            controlplane_dot_api_dot_v1_dot_proxies__pb2.RotateProxyPasswordRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_proxies__pb2.Proxy.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetProxyUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/controlplane.api.v1.ProxyService/GetProxyUsage',
+            controlplane_dot_api_dot_v1_dot_proxies__pb2.GetProxyUsageRequest.SerializeToString,
+            controlplane_dot_api_dot_v1_dot_proxies__pb2.ProxyUsage.FromString,
             options,
             channel_credentials,
             insecure,

@@ -21,6 +21,34 @@ class ProxyServiceStub:
 
     Every proxy of the account, oldest first.
     """
+    CreateProxy: _aio.UnaryUnaryMultiCallable[_proxies_pb2.CreateProxyRequest, _proxies_pb2.Proxy]
+    """Create a SOCKS5 proxy
+
+    The answer has the password, this once. The proxy takes connections once it is `ready`, as a rule within a second.
+    """
+    GetProxy: _aio.UnaryUnaryMultiCallable[_proxies_pb2.GetProxyRequest, _proxies_pb2.Proxy]
+    """Get a proxy"""
+    UpdateProxy: _aio.UnaryUnaryMultiCallable[_proxies_pb2.UpdateProxyRequest, _proxies_pb2.Proxy]
+    """Change a proxy
+
+    Only what the body names is changed. Connections that would not be let in any more are cut.
+    """
+    DeleteProxy: _aio.UnaryUnaryMultiCallable[_proxies_pb2.DeleteProxyRequest, _proxies_pb2.Proxy]
+    """Delete a proxy
+
+    Its open connections are cut. The answer has the status `deleting`; afterwards the name answers 404 and is free again.
+    """
+    RotateProxyPassword: _aio.UnaryUnaryMultiCallable[_proxies_pb2.RotateProxyPasswordRequest, _proxies_pb2.Proxy]
+    """Give a proxy a new password
+
+    The answer has the new password, this once. Once the proxy is `ready`, the old one has stopped working and the
+    connections that it opened are cut.
+    """
+    GetProxyUsage: _aio.UnaryUnaryMultiCallable[_proxies_pb2.GetProxyUsageRequest, _proxies_pb2.ProxyUsage]
+    """Show what went through a proxy
+
+    For each day (UTC) on which it was used, oldest first, at most the last 400.
+    """
 
 class ProxyServiceServicer(metaclass=_abc_1.ABCMeta):
     """SOCKS5 proxies."""
@@ -34,6 +62,70 @@ class ProxyServiceServicer(metaclass=_abc_1.ABCMeta):
         """List SOCKS5 proxies
 
         Every proxy of the account, oldest first.
+        """
+
+    @_abc_1.abstractmethod
+    def CreateProxy(
+        self,
+        request: _proxies_pb2.CreateProxyRequest,
+        context: _aio.ServicerContext[_proxies_pb2.CreateProxyRequest, _abc.Awaitable[_proxies_pb2.Proxy]],
+    ) -> _abc.Awaitable[_proxies_pb2.Proxy]:
+        """Create a SOCKS5 proxy
+
+        The answer has the password, this once. The proxy takes connections once it is `ready`, as a rule within a second.
+        """
+
+    @_abc_1.abstractmethod
+    def GetProxy(
+        self,
+        request: _proxies_pb2.GetProxyRequest,
+        context: _aio.ServicerContext[_proxies_pb2.GetProxyRequest, _abc.Awaitable[_proxies_pb2.Proxy]],
+    ) -> _abc.Awaitable[_proxies_pb2.Proxy]:
+        """Get a proxy"""
+
+    @_abc_1.abstractmethod
+    def UpdateProxy(
+        self,
+        request: _proxies_pb2.UpdateProxyRequest,
+        context: _aio.ServicerContext[_proxies_pb2.UpdateProxyRequest, _abc.Awaitable[_proxies_pb2.Proxy]],
+    ) -> _abc.Awaitable[_proxies_pb2.Proxy]:
+        """Change a proxy
+
+        Only what the body names is changed. Connections that would not be let in any more are cut.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteProxy(
+        self,
+        request: _proxies_pb2.DeleteProxyRequest,
+        context: _aio.ServicerContext[_proxies_pb2.DeleteProxyRequest, _abc.Awaitable[_proxies_pb2.Proxy]],
+    ) -> _abc.Awaitable[_proxies_pb2.Proxy]:
+        """Delete a proxy
+
+        Its open connections are cut. The answer has the status `deleting`; afterwards the name answers 404 and is free again.
+        """
+
+    @_abc_1.abstractmethod
+    def RotateProxyPassword(
+        self,
+        request: _proxies_pb2.RotateProxyPasswordRequest,
+        context: _aio.ServicerContext[_proxies_pb2.RotateProxyPasswordRequest, _abc.Awaitable[_proxies_pb2.Proxy]],
+    ) -> _abc.Awaitable[_proxies_pb2.Proxy]:
+        """Give a proxy a new password
+
+        The answer has the new password, this once. Once the proxy is `ready`, the old one has stopped working and the
+        connections that it opened are cut.
+        """
+
+    @_abc_1.abstractmethod
+    def GetProxyUsage(
+        self,
+        request: _proxies_pb2.GetProxyUsageRequest,
+        context: _aio.ServicerContext[_proxies_pb2.GetProxyUsageRequest, _abc.Awaitable[_proxies_pb2.ProxyUsage]],
+    ) -> _abc.Awaitable[_proxies_pb2.ProxyUsage]:
+        """Show what went through a proxy
+
+        For each day (UTC) on which it was used, oldest first, at most the last 400.
         """
 
 def add_ProxyServiceServicer_to_server(servicer: ProxyServiceServicer, server: _aio.Server) -> None: ...
