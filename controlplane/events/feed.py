@@ -4,12 +4,10 @@ A place in the feed is taken by moving the account's head, which locks it until 
 their order, and a reader who has seen one has seen all before it: none is skipped, none comes twice.
 """
 
-import asyncio
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
-import structlog
 from sqlalchemy import bindparam, delete, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
@@ -17,9 +15,9 @@ from sqlmodel import col, select
 from controlplane.clock import Clock
 from controlplane.events.model import Event, EventHead
 from controlplane.sql import Store
+from controlplane.waiting import Waiting
 
 _KEPT = timedelta(days=90)
-_LOOK_EVERY = 0.25  # seconds; for events of other processes, as long as somebody here waits
 
 _ADVANCE = text(
     "INSERT INTO event_heads (account_id, sequence) VALUES (:account_id, 1)"
@@ -32,11 +30,9 @@ _AFTER = (
     .limit(bindparam("limit"))
 )
 _HEAD = select(EventHead.sequence).where(col(EventHead.account_id) == bindparam("account_id"))
-_HEADS = select(EventHead.account_id, EventHead.sequence).where(
-    col(EventHead.account_id).in_(bindparam("accounts", expanding=True))
+_HEADS: Any = select(col(EventHead.account_id).label("key"), EventHead.sequence).where(
+    col(EventHead.account_id).in_(bindparam("keys", expanding=True))
 )
-
-_log = structlog.get_logger("events")
 
 
 class Feed:
@@ -45,9 +41,7 @@ class Feed:
     def __init__(self, *, store: Store, clock: Clock) -> None:
         self._store = store
         self._clock = clock
-        self._waiters: dict[str, set[asyncio.Event]] = {}
-        self._watch: asyncio.Task[None] | None = None
-        self._closed = False
+        self._waiting = Waiting(store, _HEADS)
 
     async def append(
         self,
@@ -86,28 +80,11 @@ class Feed:
     async def read(self, account_id: str, *, after: int, limit: int, wait: float = 0) -> Sequence[Event]:
         """Return the events after a place, oldest first; if there are none, wait for one for so many seconds."""
         parameters = {"account_id": account_id, "after": after, "limit": limit}
-        events: Sequence[Event] = await self._store.fetch(_AFTER, parameters)
-        if events or not wait or self._closed:
-            return events
-        woken = asyncio.Event()
-        self._waiters.setdefault(account_id, set()).add(woken)
-        self._start_watching()
-        until = asyncio.get_running_loop().time() + wait
-        try:
-            # Read again now that whatever is committed wakes us: it may have been committed in between.
-            while not (events := await self._store.fetch(_AFTER, parameters)) and not self._closed:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout_at(until):
-                        await woken.wait()
-                if not woken.is_set():
-                    break
-                woken.clear()
-        finally:
-            waiters = self._waiters[account_id]
-            waiters.discard(woken)
-            if not waiters:
-                del self._waiters[account_id]
-        return events
+
+        async def read() -> Sequence[Event]:
+            return await self._store.fetch(_AFTER, parameters)
+
+        return await self._waiting.until(account_id, read, wait=wait)
 
     async def forget_old(self) -> None:
         """Remove events that are older than 90 days."""
@@ -117,36 +94,8 @@ class Feed:
 
     def announce(self, account_id: str) -> None:
         """Wake whoever waits in this process for an event of this account; one has been committed."""
-        for woken in self._waiters.get(account_id, ()):
-            woken.set()
+        self._waiting.announce(account_id)
 
     def close(self) -> None:
         """Send everybody who waits away with what there is."""
-        self._closed = True
-        for account_id in self._waiters:
-            self.announce(account_id)
-        if self._watch is not None:
-            self._watch.cancel()
-
-    def _start_watching(self) -> None:
-        if self._watch is None or self._watch.done():
-            self._watch = asyncio.create_task(self._watch_heads())
-
-    async def _watch_heads(self) -> None:
-        """Wake whoever waits for an event that another process has committed, until nobody waits any more.
-
-        One statement for all of them, and none at all where the store tells by itself that nothing was committed.
-        """
-        version, heads = None, dict[str, int]()
-        while self._waiters:
-            try:
-                now = self._store.version()
-                if now is None or now != version:
-                    rows = await self._store.fetch(_HEADS, {"accounts": list(self._waiters)})
-                    for row in rows:
-                        if heads.get(row.account_id) != row.sequence:
-                            self.announce(row.account_id)
-                    version, heads = now, {row.account_id: row.sequence for row in rows}
-            except Exception as error:  # noqa: BLE001 - whatever it is, those who wait go on waiting
-                _log.error("looking for events failed; it is tried again", error=repr(error))
-            await asyncio.sleep(_LOOK_EVERY)
+        self._waiting.close()

@@ -26,7 +26,7 @@ SOON = 10  # seconds; much less than is waited for, much more than it takes
 
 def waiters(stack: Stack) -> dict[str, set[asyncio.Event]]:
     """Return who waits in the stack's server, by account."""
-    return stack.server._feed._waiters  # noqa: SLF001 - nothing shows from outside that somebody waits
+    return stack.server.house.feed._waiting._waiters  # noqa: SLF001 - nothing shows from outside that somebody waits
 
 
 async def until_waiting(stack: Stack, customer: Customer, *, number: int = 1) -> None:
@@ -40,7 +40,7 @@ async def until_waiting(stack: Stack, customer: Customer, *, number: int = 1) ->
 
 def stop_looking(stack: Stack) -> None:
     """Stop looking for other processes' events until somebody waits anew: only what is announced wakes now."""
-    watch = stack.server._feed._watch  # noqa: SLF001
+    watch = stack.server.house.feed._waiting._watch  # noqa: SLF001
     assert watch is not None
     watch.cancel()
 
@@ -204,7 +204,7 @@ async def test_a_closed_feed_lets_nobody_wait(elsewhere: tuple[Store, Feed]) -> 
     feed.close()
     async with asyncio.timeout(SOON):
         assert await feed.read("ac_none", after=0, limit=1, wait=30) == []
-    assert feed._watch is None  # noqa: SLF001 - a task that nobody would end
+    assert feed._waiting._watch is None  # noqa: SLF001 - a task that nobody would end
 
 
 @pytest.mark.parametrize("query", [{"after": -2}, {"after": "x"}, {"wait": 31}, {"wait": -1}, {"page_size": 1001}])
