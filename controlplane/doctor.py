@@ -15,16 +15,20 @@ from sqlalchemy import func, text
 from sqlmodel import col, select
 
 from controlplane.backups.model import COMPLETED, Backup
-from controlplane.backups.provisioner import identity_of
 from controlplane.backups.storage import BackupStorage, StorageUnavailable
+from controlplane.backups.vault import identity_of
 from controlplane.databases.engines.engine import ClusterUnavailable, Engine, EngineError
 from controlplane.databases.model import READY, STOPPED, Database
 from controlplane.databases.sweep import STORAGE, Found, find_orphans
-from controlplane.reconcile import FAILED
+from controlplane.functions.model import Function
+from controlplane.hosts.model import LIVE_FOR, Host
+from controlplane.proxies.model import Proxy
+from controlplane.reconcile import FAILED, Reconciled
 from controlplane.sql import Store
 
 _ALIVE = col(Database.deleted_at).is_(None)
 _PAGE = 200
+_ORDERED: tuple[type[Reconciled], ...] = (Database, Backup, Function, Proxy)
 _AT_ONCE = 4  # databases that are looked at; each takes a connection to its cluster
 
 # Each counter beside what it counts; a line for each that is wrong.
@@ -41,14 +45,20 @@ _COUNTERS = {
         " UNION ALL SELECT cluster_target, 0, 1 FROM databases WHERE deleted_at IS NULL) AS uses"
         " GROUP BY cluster HAVING sum(counted) <> sum(there)"
     ),
+    "hosts": text(
+        "SELECT name AS what, used AS counted, (SELECT count(*) FROM proxies WHERE host_id = hosts.id) AS there"
+        " FROM hosts WHERE used <> (SELECT count(*) FROM proxies WHERE host_id = hosts.id)"
+    ),
 }
 _CHARGES = text("""
 WITH charged AS (
     SELECT id FROM databases WHERE deleted_at IS NULL
     UNION ALL SELECT b.id FROM backups b JOIN databases d ON d.id = b.database_id WHERE d.deleted_at IS NULL
+    UNION ALL SELECT id FROM functions
+    UNION ALL SELECT id FROM proxies
 )
 SELECT resource_id AS id, 'charged and not there' AS what FROM quota_charges
-WHERE kind IN ('databases', 'backups') AND resource_id NOT IN (SELECT id FROM charged)
+WHERE kind IN ('databases', 'backups', 'functions', 'proxies') AND resource_id NOT IN (SELECT id FROM charged)
 UNION ALL
 SELECT id, 'there and not charged' FROM charged WHERE id NOT IN (SELECT resource_id FROM quota_charges)
 """)
@@ -63,6 +73,7 @@ class Kind(StrEnum):
     LOST = "A database is not as ordered: the next look mends what can be mended"
     NO_FILE = "A backup's file is gone: delete the backup, and make another"
     NO_RESTORE = "A backup could not be restored when that was tried: make another"
+    AWAY = "A host does not ask what it is to hold: start it again, or take it out of service"
     COUNT = "A counter is wrong: correct it by hand"
     LATE = "An order is past its deadline: it is tried again and again"
     FAILED = "An order has failed: the customer can retry or delete it"
@@ -92,9 +103,10 @@ class Doctor:
 
     async def count(self) -> dict[str, int]:
         """Return how many databases and completed backups there are to look at."""
-        databases = select(func.count()).select_from(Database).where(_ALIVE)
-        backups = select(func.count()).select_from(Backup).where(col(Backup.state) == COMPLETED)
-        counts = {"databases": databases, "backups": backups}
+        counts = {
+            "databases": select(func.count()).select_from(Database).where(_ALIVE),
+            "backups": select(func.count()).select_from(Backup).where(col(Backup.state) == COMPLETED),
+        }
         return {kind: (await self._store.fetch(statement))[0][0] for kind, statement in counts.items()}
 
     async def differences(self, *, now: datetime) -> AsyncIterator[Difference]:
@@ -104,7 +116,14 @@ class Doctor:
             yield Difference(Kind.UNSEEN, place, reason)
         for place, name in sorted(found.orphans):
             yield Difference(Kind.ORPHAN, place, name)
-        for look in (self._clusters(), self._databases(found), self._backups(found), self._counts(), self._rows(now)):
+        for look in (
+            self._clusters(),
+            self._databases(found),
+            self._backups(found),
+            self._hosts(now),
+            self._counts(),
+            self._rows(now),
+        ):
             async for difference in look:
                 yield difference
 
@@ -180,6 +199,13 @@ class Doctor:
         as_it_was = select(Backup.id).where(col(Backup.id) == backup_id, col(Backup.state) == COMPLETED)
         return bool(await self._store.fetch(as_it_was))
 
+    async def _hosts(self, now: datetime) -> AsyncIterator[Difference]:
+        for host in await self._store.fetch(select(Host).order_by(col(Host.name))):
+            if host.last_seen_at is None:
+                yield Difference(Kind.AWAY, host.name, "it has never asked")
+            elif host.last_seen_at < now - LIVE_FOR:
+                yield Difference(Kind.AWAY, host.name, f"it asked last at {host.last_seen_at:%Y-%m-%d %H:%M:%S} UTC")
+
     async def _counts(self) -> AsyncIterator[Difference]:
         for table, statement in _COUNTERS.items():
             for row in await self._store.fetch(statement):
@@ -188,11 +214,11 @@ class Doctor:
             yield Difference(Kind.COUNT, row.id, row.what)
 
     async def _rows(self, now: datetime) -> AsyncIterator[Difference]:
-        for model in (Database, Backup):
+        for model in _ORDERED:
             for row in await self._store.fetch(select(model).where(col(model.deadline_at) < now)):
                 why = row.last_error or (f"it waits for {row.waiting_on}" if row.waiting_on else "nobody has tried it")
                 yield Difference(Kind.LATE, row.id, f"{row.state}: {why}")
-        for model in (Database, Backup):
+        for model in _ORDERED:
             for row in await self._store.fetch(select(model).where(col(model.state) == FAILED)):
                 yield Difference(Kind.FAILED, row.id, row.last_error or "")
 

@@ -10,6 +10,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 # The longest path that the kernel takes for a Unix socket is 107 bytes; this is what we append to the data folder.
 _LONGEST_SOCKET = "run/postgres/.s.PGSQL.65535.lock"
 _SOCKET_PATH_LIMIT = 107
+_FUNCTIONS_UIDS = 10_000
 _STORAGES = ("sqlite+aiosqlite:///", "postgresql+asyncpg://")
 
 # The edge asks each server so often whether it is ready, and waits so long for the answer (seconds).
@@ -102,6 +103,33 @@ class Settings(BaseSettings):
     mariadb_port: int = Field(default=13306, ge=1, le=65535, description="Port of the embedded MariaDB.")
     clickhouse_port: int = Field(default=18123, ge=1, le=65535, description="Port of the embedded ClickHouse (HTTP).")
 
+    host_server: str = Field(
+        default="",
+        description="Where a host of functions or proxies reaches the control plane's gRPC: host:port, or "
+        "https://host:port; this machine's port when empty.",
+    )
+    host_secret_file: Path | None = Field(
+        default=None, description="The file with the secret that `controlplane host add` has printed for a host."
+    )
+    proxy_host: str = Field(default="127.0.0.1", description="Addresses on which a host of proxies listens, by commas.")
+    proxy_port: int = Field(default=1080, ge=1, le=65535, description="The port of a host of proxies (SOCKS5).")
+    proxy_metrics_port: int = Field(
+        default=9466, ge=1, le=65535, description="Prometheus metrics of a host of proxies (loopback)."
+    )
+    functions_listen: str = Field(
+        default="", description="Where a host of functions listens: unix:PATH or host:port; a socket when empty."
+    )
+    functions_metrics_port: int = Field(
+        default=9465, ge=1, le=65535, description="Prometheus metrics of a host of functions (loopback)."
+    )
+    functions_uid: int = Field(
+        default=200_000, ge=1000, description="The first of 10,000 user ids that belong to nobody, for functions."
+    )
+    function_hosts: str = Field(
+        default="",
+        description="Where the edge reaches the hosts of functions, with commas between; this machine's when empty.",
+    )
+
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least level logged.")
     log_format: Literal["auto", "human", "json"] = Field(
         default="auto", description="Log lines for people or programs; auto: people on a terminal."
@@ -121,6 +149,8 @@ class Settings(BaseSettings):
             if not path.is_absolute() or len(os.fsencode(path)) > _SOCKET_PATH_LIMIT:
                 wanted = f"absolute paths of at most {_SOCKET_PATH_LIMIT} bytes"
                 raise ValueError(f"HTX_SOCKET and HTX_SERVERS take {wanted}, not '{path}'")
+        if len({address.startswith("unix:") for address in self.function_host_addresses}) > 1:
+            raise ValueError("HTX_FUNCTION_HOSTS takes sockets (unix:PATH) or HOST:PORT, not both")
         return self
 
     @classmethod
@@ -167,6 +197,36 @@ class Settings(BaseSettings):
     def server_sockets(self) -> list[Path]:
         """The Unix sockets of all servers behind the edge."""
         return [Path(path.strip()) for path in self.servers.split(",")] if self.servers else [self.server_socket]
+
+    @property
+    def control_plane(self) -> str:
+        """Where a host reaches the control plane's gRPC."""
+        return self.host_server or f"{self.grpc_host}:{self.grpc_port}"
+
+    @property
+    def functions_address(self) -> str:
+        """Where a host of functions listens, as unix:PATH or host:port."""
+        return self.functions_listen or f"unix:{self.run_dir / 'functions.sock'}"
+
+    @property
+    def function_host_addresses(self) -> list[str]:
+        """Where the edge reaches the hosts of functions, each as unix:PATH or host:port."""
+        given = self.function_hosts
+        return [address.strip() for address in given.split(",")] if given else [self.functions_address]
+
+    @property
+    def functions_dir(self) -> Path:
+        """The folder of a host of functions: the code that it runs."""
+        return self.data_dir.absolute() / "functions"
+
+    @property
+    def functions_uids(self) -> range:
+        """The user ids of functions, one for each account that has some running."""
+        return range(self.functions_uid, self.functions_uid + _FUNCTIONS_UIDS)
+
+    def secret_file(self, kind: str) -> Path:
+        """The file with the secret of a host of this kind."""
+        return self.host_secret_file or self.data_dir / "hosts" / f"{kind}.secret"
 
     @property
     def storage_url(self) -> str:

@@ -13,9 +13,11 @@ import grpc
 import hypothesis
 import pytest
 
+from controlplane.functions.host.host import FunctionHost
 from controlplane.local.postgres import EmbeddedPostgres
 from tests.clock import MovableClock
 from tests.doors import Door, Native, Rest
+from tests.hosts import function_host, proxy_host
 from tests.stack import Customer, Stack, free_port
 
 CATALOG = Path(__file__).with_name("catalog.toml")
@@ -108,6 +110,20 @@ async def timed(
     kind = "timed-pg" if database_url else "timed-lite"
     async with Stack(folder / kind, database_url=url, catalog=catalog, clock=clock, upstream_timeout=3) as running:
         yield running, clock
+
+
+@pytest.fixture(scope="session")
+async def proxy_port(stack: Stack) -> AsyncIterator[int]:
+    """The port of a host of proxies that serves the shared stack."""
+    async with proxy_host(stack) as port:
+        yield port
+
+
+@pytest.fixture(scope="session")
+async def functions(stack: Stack, folder: Path) -> AsyncIterator[FunctionHost]:
+    """A host of functions that serves the shared stack."""
+    async with function_host(stack, folder / f"functions-{stack.settings.data_dir.name}") as host:
+        yield host
 
 
 @pytest.fixture

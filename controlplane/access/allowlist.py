@@ -1,10 +1,11 @@
-"""The addresses and networks that a token may be used from."""
+"""The addresses and networks that a credential may be used from."""
 
 from collections.abc import Iterable
 from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 from controlplane.access.caller import Address, Network
+from controlplane.errors import BrokenRule, InvalidField
 
 
 def parse_network(text: str) -> Network:
@@ -29,6 +30,25 @@ def parse_address(text: str) -> Address:
     Raises ValueError if it is none.
     """
     return _parsed(text)
+
+
+def checked_networks(texts: Iterable[str]) -> list[str]:
+    """Return the addresses and networks as they are kept.
+
+    Raises InvalidField naming every one that is wrong.
+    """
+    kept, broken = [], []
+    for index, text in enumerate(texts):
+        try:
+            network = parse_network(text)
+        except ValueError as error:
+            broken.append(BrokenRule(f"allowed_ips[{index}]", str(error)))
+        else:
+            alone = network.prefixlen == network.max_prefixlen
+            kept.append(str(network.network_address if alone else network))
+    if broken:
+        raise InvalidField(*broken)
+    return kept
 
 
 def network_of(address: str) -> str:

@@ -27,6 +27,7 @@ from controlplane.audit.model import AuditEntry
 from controlplane.clock import Clock
 from controlplane.errors import IpDenied, PortalError, RateLimited, TooLarge, Unauthenticated, Unavailable
 from controlplane.events.feed import Feed
+from controlplane.hosts.interceptor import HOST_SERVICES
 from controlplane.observe.metrics import Metrics
 from controlplane.observe.traces import Traces
 from controlplane.rpc import call as calls
@@ -116,7 +117,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
     def _door(self, path: str, handler: Handler) -> Handler:
         rpc = self._rpcs.get(path)
         if rpc is None:
-            if path.strip("/").partition("/")[0] in OPEN_SERVICES:
+            if path.strip("/").partition("/")[0] in (*OPEN_SERVICES, *HOST_SERVICES):
                 return handler
             raise LookupError(f"{path} has no policy")  # the server checked at its start that there is none
         # Bytes in, bytes out: who the caller is comes before what the bytes say.
@@ -187,8 +188,9 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
             call.maybe_caller = caller
         check_policy(call.rpc, call.maybe_caller)
         check_same_site(call)
-        if len(raw) > self._max_body_bytes:
-            raise TooLarge(self._max_body_bytes)
+        limit = call.rpc.max_body_bytes or self._max_body_bytes
+        if len(raw) > limit:
+            raise TooLarge(limit)
         self._uses.used(call)
 
     async def _identify(self, call: Call) -> Caller:

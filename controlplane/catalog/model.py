@@ -4,6 +4,7 @@ import os
 import tomllib
 from collections.abc import Container
 from functools import cached_property
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -44,12 +45,15 @@ class Quotas(_Entry):
 class Plan(_Entry):
     """What an account may have, how often each of its tokens may ask in any 60 seconds, and what it may regret.
 
-    `undelete_days` is for how long a deleted database's last backup is kept.
+    `undelete_days` is for how long a deleted database's last backup is kept. `proxy_connections` and
+    `proxy_bytes_per_second` bound each proxy, the latter both ways together; 0 for no limit.
     """
 
     name: Name
     undelete_days: int = Field(default=7, ge=0, le=365)
     rate_limit_per_minute: int = Field(default=120, ge=1, le=1_000_000)
+    proxy_connections: int = Field(default=100, ge=1, le=10_000)
+    proxy_bytes_per_second: int = Field(default=12_500_000, ge=0, le=12_500_000_000)
     quotas: Quotas
 
 
@@ -127,6 +131,17 @@ class Cluster(_Entry):
         return url
 
 
+class ProxyPolicy(_Entry):
+    """Where no proxy leads, besides where none ever does: this machine, private networks, metadata services.
+
+    `allowed_networks` are let through although they would be refused: for trials, where everything is on one machine.
+    """
+
+    refused_networks: tuple[IPv4Network | IPv6Network, ...] = ()
+    allowed_networks: tuple[IPv4Network | IPv6Network, ...] = ()
+    refused_ports: tuple[Annotated[int, Field(ge=1, le=65535)], ...] = (25,)
+
+
 class Catalog(_Entry):
     """Everything that is for sale."""
 
@@ -136,6 +151,7 @@ class Catalog(_Entry):
     skus: tuple[Sku, ...] = Field(min_length=1)
     regions: tuple[Region, ...] = Field(min_length=1)
     clusters: tuple[Cluster, ...] = ()
+    proxy_policy: ProxyPolicy = ProxyPolicy()
 
     @model_validator(mode="after")
     def _check_references(self) -> Self:

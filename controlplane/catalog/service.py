@@ -5,7 +5,10 @@ from typing import Any
 import grpc
 
 from controlplane.api.v1 import catalog_pb2, catalog_pb2_grpc
-from controlplane.catalog.model import Catalog
+from controlplane.catalog.model import Catalog, Region
+from controlplane.clock import Clock
+from controlplane.hosts.model import FUNCTIONS, PROXIES, live_hosts
+from controlplane.sql import Store
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -13,8 +16,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class CatalogService(catalog_pb2_grpc.CatalogServiceServicer):
     """What the provider sells, and where."""
 
-    def __init__(self, *, catalog: Catalog) -> None:
+    def __init__(self, *, catalog: Catalog, store: Store, clock: Clock) -> None:
         self._catalog = catalog
+        self._store = store
+        self._clock = clock
 
     async def ListPlans(self, request: catalog_pb2.ListPlansRequest, context: Context) -> catalog_pb2.ListPlansResponse:
         """List the plans."""
@@ -34,14 +39,17 @@ class CatalogService(catalog_pb2_grpc.CatalogServiceServicer):
     async def ListRegions(
         self, request: catalog_pb2.ListRegionsRequest, context: Context
     ) -> catalog_pb2.ListRegionsResponse:
-        """List the regions, and which engines each of them takes."""
-        return catalog_pb2.ListRegionsResponse(
-            regions=[
-                catalog_pb2.Region(
-                    name=region.name,
-                    title=region.title,
-                    engines=self._catalog.engines_in(region.name),
-                )
-                for region in self._catalog.regions
-            ]
+        """List the regions, and what can be ordered in each of them now."""
+        return catalog_pb2.ListRegionsResponse(regions=[await self._shown(region) for region in self._catalog.regions])
+
+    async def _shown(self, region: Region) -> catalog_pb2.Region:
+        functions = await live_hosts(self._store, self._clock, kind=FUNCTIONS, region=region.name)
+        proxies = await live_hosts(self._store, self._clock, kind=PROXIES, region=region.name)
+        return catalog_pb2.Region(
+            name=region.name,
+            title=region.title,
+            engines=self._catalog.engines_in(region.name),
+            runtimes=sorted({runtime for host in functions for runtime in host.runtimes}),
+            function_network=any(host.network for host in functions),
+            proxies=bool(proxies),
         )

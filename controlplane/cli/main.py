@@ -4,7 +4,8 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,18 +28,21 @@ from controlplane.accounts import admin
 from controlplane.accounts.model import Account
 from controlplane.audit.log import AuditLog
 from controlplane.audit.verify import Verdict, verify
-from controlplane.backups.storage import storage_at
 from controlplane.catalog.model import Catalog, CatalogError
 from controlplane.clock import SystemClock
 from controlplane.databases.clusters import open_clusters
 from controlplane.doctor import Difference, Doctor, Kind
 from controlplane.edge import write as write_edge
+from controlplane.hosts import admin as hosts
+from controlplane.hosts.link import LinkError
+from controlplane.hosts.model import FUNCTIONS, PROXIES, live_hosts
+from controlplane.house import StartError, open_storage
 from controlplane.keys import KeyFileError, Keys
 from controlplane.local.postgres import EmbeddedPostgresError
 from controlplane.migrations import head as newest_revision
 from controlplane.migrations import migrate as run_migrations
 from controlplane.observe import logs
-from controlplane.server import StartError, run
+from controlplane.server import run
 from controlplane.settings import Settings
 from controlplane.sql import Store
 
@@ -56,7 +60,9 @@ def main() -> None:
         CatalogError,
         EmbeddedPostgresError,
         KeyFileError,
+        LinkError,
         StartError,
+        hosts.HostError,
         OSError,
     ) as error:
         sys.exit(f"controlplane: {error}")
@@ -89,6 +95,54 @@ def serve() -> None:
     settings = _settings()
     logs.configure(settings)
     uvloop.run(run(settings))
+
+
+@commands.command("functions-host")
+def functions_host() -> None:
+    """Run customers' functions, as the host whose secret HTX_HOST_SECRET_FILE has. SIGTERM stops it in order."""
+    from controlplane.functions.host.host import FunctionHostSettings  # noqa: PLC0415 - the server needs none of it
+    from controlplane.functions.host.host import HostError as FunctionHostError  # noqa: PLC0415
+    from controlplane.functions.host.host import run as run_functions  # noqa: PLC0415
+    from controlplane.functions.host.sandbox import SandboxUnavailable  # noqa: PLC0415
+
+    settings = _settings()
+    logs.configure(settings)
+    try:
+        uvloop.run(
+            run_functions(
+                FunctionHostSettings(
+                    server=settings.control_plane,
+                    secret=_host_secret(settings, FUNCTIONS),
+                    listen=settings.functions_address,
+                    data_dir=settings.functions_dir,
+                    metrics_port=settings.functions_metrics_port,
+                    uids=settings.functions_uids,
+                )
+            )
+        )
+    except (FunctionHostError, SandboxUnavailable) as error:
+        raise StartError(str(error)) from None
+
+
+@commands.command("proxy-host")
+def proxy_host() -> None:
+    """Carry SOCKS5 proxies, as the host whose secret HTX_HOST_SECRET_FILE has. SIGTERM stops it in order."""
+    from controlplane.proxies.host.host import ProxyHostSettings  # noqa: PLC0415 - the server needs none of it
+    from controlplane.proxies.host.host import run as run_proxies  # noqa: PLC0415
+
+    settings = _settings()
+    logs.configure(settings)
+    uvloop.run(
+        run_proxies(
+            ProxyHostSettings(
+                server=settings.control_plane,
+                secret=_host_secret(settings, PROXIES),
+                hosts=tuple(host.strip() for host in settings.proxy_host.split(",")),
+                port=settings.proxy_port,
+                metrics_port=settings.proxy_metrics_port,
+            )
+        )
+    )
 
 
 @commands.command()
@@ -128,6 +182,8 @@ def doctor() -> None:
     counted = ", ".join(
         f"{count} {kind if count != 1 else kind.removesuffix('s')}" for kind, count in looked_at.items()
     )
+    for problem in asyncio.run(_sandbox_problems(settings)):
+        click.echo(f"No functions can be run on this machine: {problem}", err=True)
     click.echo(f"{number}: looked at {counted}, in {time.monotonic() - begun:.1f} s.")
     if found:
         sys.exit(1)
@@ -222,6 +278,63 @@ def enable_account(email: str) -> None:
 
 
 @commands.group()
+def host() -> None:
+    """Take hosts of functions and of proxies into service, list them, and take them out."""
+
+
+@host.command("add")
+@click.argument("name")
+@click.option("--kind", type=click.Choice(hosts.KINDS), required=True, help="What it carries.")
+@click.option("--region", help="A region of the catalogue; its default when not given.")
+@click.option("--address", default="", help="Where customers reach a host of proxies, as HOST:PORT.")
+@click.option("--capacity", default=1000, show_default=True, help="How many proxies it takes.")
+def add_host(name: str, kind: str, region: str | None, address: str, capacity: int) -> None:
+    """Take a host into service, and print its secret, this once."""
+    settings = _settings()
+    catalog, keys = Catalog.load(settings.catalog), Keys.load(settings.keys_path)
+    made, secret = _with_store(
+        lambda store: hosts.add_host(
+            store,
+            catalog,
+            SystemClock(),
+            keys,
+            kind=kind,
+            name=name,
+            region=region or catalog.default_region,
+            address=address,
+            capacity=capacity,
+        )
+    )
+    command = "proxy-host" if kind == PROXIES else "functions-host"
+    click.echo(f"{secret}")
+    click.echo(
+        f"The host {made.name} is in service. Write the line above to a file on it, point HTX_HOST_SECRET_FILE there, "
+        f"set HTX_HOST_SERVER, and start `controlplane {command}`.",
+        err=True,
+    )
+
+
+@host.command("list")
+def list_hosts() -> None:
+    """List all hosts, and when each was last heard of."""
+    row = "{:<24} {:<10} {:<12} {:<28} {:<12} {}"
+    click.echo(click.style(row.format("NAME", "KIND", "REGION", "ADDRESS", "PROXIES", "SEEN"), bold=True))
+    now = SystemClock().now()
+    for each in _with_store(hosts.list_hosts):
+        used = f"{each.used} of {each.capacity}" if each.kind == PROXIES else ""
+        click.echo(row.format(each.name, each.kind, each.region, each.address, used, _since(each.last_seen_at, now)))
+
+
+@host.command("remove")
+@click.argument("name")
+@click.option("--force", is_flag=True, help="Also if it carries proxies, which have failed then.")
+def remove_host(name: str, force: bool) -> None:
+    """Take a host out of service at once."""
+    removed = _with_store(lambda store: hosts.remove_host(store, SystemClock(), name=name, force=force))
+    click.echo(f"The host {removed.name} is out of service.")
+
+
+@commands.group()
 def audit() -> None:
     """Look after the record of who did what."""
 
@@ -261,12 +374,7 @@ def check_catalog(file: Path) -> None:
 async def _examine(settings: Settings) -> tuple[list[Difference], dict[str, int]]:
     """Return what is wrong, and how much was looked at."""
     engines = open_clusters(Catalog.load(settings.catalog), settings)
-    try:
-        storage = storage_at(
-            settings.backup_storage_url, access_key=settings.backup_access_key, secret_key=settings.backup_secret_key
-        )
-    except ValueError as error:
-        raise StartError(str(error)) from None
+    storage = open_storage(settings)
     store = Store(settings.storage_url)
     try:
         await _check_schema(store)
@@ -284,6 +392,20 @@ async def _examine(settings: Settings) -> tuple[list[Difference], dict[str, int]
         return found, {"clusters": len(engines), **looked_at}
     finally:
         await store.close()
+
+
+async def _sandbox_problems(settings: Settings) -> Sequence[str]:
+    """Return why this machine cannot run functions safely; nothing if it can, or some host does."""
+    from controlplane.local.hosts import look_at_sandbox  # noqa: PLC0415 - of use here alone
+
+    store, clock = Store(settings.storage_url), SystemClock()
+    try:
+        regions = Catalog.load(settings.catalog).regions
+        if any([await live_hosts(store, clock, kind=FUNCTIONS, region=region.name) for region in regions]):
+            return ()
+    finally:
+        await store.close()
+    return (await look_at_sandbox(settings)).lacking
 
 
 async def _verify(settings: Settings) -> tuple[Verdict, dict[str, str]]:
@@ -315,6 +437,31 @@ async def _check_schema(store: Store) -> None:
         rows = []
     if [row.version_num for row in rows] != [newest_revision()]:
         raise StartError("The schema of the database is not up to date: run `controlplane migrate` first.")
+
+
+def _host_secret(settings: Settings, kind: str) -> str:
+    """Return the secret of this machine's host.
+
+    Raises StartError without one.
+    """
+    file = settings.secret_file(kind)
+    if not file.is_file():
+        raise StartError(
+            f"{file} is not there: make a secret with `controlplane host add NAME --kind {kind}`, write it to a file, "
+            "and point HTX_HOST_SECRET_FILE there."
+        )
+    return file.read_text().strip()
+
+
+def _since(time: datetime | None, now: datetime) -> str:
+    """Return how long ago something was, for people."""
+    if time is None:
+        return "never"
+    seconds = int((now - time).total_seconds())
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds // size} {unit} ago"
+    return f"{seconds} s ago"
 
 
 def _settings() -> Settings:

@@ -22,14 +22,16 @@ from controlplane.accounts.admin import count_accounts, create_account
 from controlplane.audit.log import AuditLog
 from controlplane.catalog.model import Catalog
 from controlplane.clock import SystemClock
+from controlplane.hosts.model import FUNCTIONS, PROXIES
+from controlplane.house import StartError
 from controlplane.keys import Keys
 from controlplane.local.child import Child
 from controlplane.local.clickhouse import EmbeddedClickHouseError
 from controlplane.local.engines import EmbeddedServer, new_server, runnable_engines
+from controlplane.local.hosts import ensure_own_host, look_at_sandbox
 from controlplane.local.mariadb import EmbeddedMariaDBError
 from controlplane.local.postgres import EmbeddedPostgres, EmbeddedPostgresError
 from controlplane.local.welcome import welcome
-from controlplane.server import StartError
 from controlplane.settings import Settings
 from controlplane.sql import Store
 
@@ -55,10 +57,14 @@ async def supervise(settings: Settings) -> None:
         engines = runnable_engines(catalog)
         await stack.enter_async_context(_engines(engines, settings))
         await stack.enter_async_context(_server(settings))
+        await stack.enter_async_context(_proxy_host(settings, catalog))
+        functions = await look_at_sandbox(settings)
+        if functions.runtimes:
+            await stack.enter_async_context(_functions_host(settings, catalog))
         await stack.enter_async_context(_envoy(settings))
         # Last: a start that fails must not have made a password that nobody was shown.
         password = await _make_demo_account(settings, catalog)
-        click.echo(welcome(settings, engines, DEMO_EMAIL, password))
+        click.echo(welcome(settings, engines, functions, DEMO_EMAIL, password))
         await stop.wait()
         click.echo("\nStopping…")
 
@@ -139,12 +145,34 @@ async def _server(settings: Settings) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
+async def _proxy_host(settings: Settings, catalog: Catalog) -> AsyncIterator[None]:
+    """Run this machine's host of proxies."""
+    host = settings.proxy_host.partition(",")[0].strip()
+    _check_port(host, settings.proxy_port, "HTX_PROXY_PORT")
+    shown = f"[{host}]" if ":" in host else host
+    await ensure_own_host(settings, catalog, kind=PROXIES, address=f"{shown}:{settings.proxy_port}")
+    child = Child("host of proxies", [sys.executable, "-m", "controlplane", "proxy-host"])
+    async with _running(child, lambda: _takes_connections(host, settings.proxy_port)):
+        yield
+
+
+@asynccontextmanager
+async def _functions_host(settings: Settings, catalog: Catalog) -> AsyncIterator[None]:
+    """Run this machine's host of functions."""
+    await ensure_own_host(settings, catalog, kind=FUNCTIONS)
+    child = Child("host of functions", [sys.executable, "-m", "controlplane", "functions-host"])
+    path = settings.functions_address.removeprefix("unix:")
+    async with _running(child, lambda: _is_served(path)):
+        yield
+
+
+@asynccontextmanager
 async def _envoy(settings: Settings) -> AsyncIterator[None]:
     """Run Envoy; its access log is for programs, so on a terminal it goes to a file, as where it has no output.
 
     Raises StartError when its port is taken.
     """
-    _check_port(settings)
+    _check_port(settings.http_host, settings.http_port, "HTX_HTTP_PORT")
     config = edge.write(settings)
     logs = settings.data_dir / "logs"
     logs.mkdir(exist_ok=True)
@@ -220,6 +248,24 @@ async def _server_is_ready(path: Path) -> bool:
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
+async def _is_served(path: str) -> bool:
+    try:
+        _, writer = await asyncio.open_unix_connection(path)
+    except OSError:
+        return False
+    writer.close()
+    return True
+
+
+async def _takes_connections(host: str, port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection(host, port)
+    except OSError:
+        return False
+    writer.close()
+    return True
+
+
 async def _edge_is_ready(settings: Settings) -> bool:
     host = "127.0.0.1" if settings.http_host == "0.0.0.0" else settings.http_host  # noqa: S104
     try:
@@ -232,14 +278,12 @@ async def _edge_is_ready(settings: Settings) -> bool:
     return b" 200 " in status
 
 
-def _check_port(settings: Settings) -> None:
-    """Raise StartError if the edge's port is taken; Envoy would say so in a riddle."""
-    family = socket.AF_INET6 if ":" in settings.http_host else socket.AF_INET
+def _check_port(host: str, port: int, setting: str) -> None:
+    """Raise StartError if a port is taken; Envoy would say so in a riddle."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((settings.http_host, settings.http_port))
+            probe.bind((host, port))
         except OSError as error:
-            raise StartError(
-                f"Port {settings.http_port} cannot be used ({error.strerror}): set HTX_HTTP_PORT to another."
-            ) from None
+            raise StartError(f"Port {port} cannot be used ({error.strerror}): set {setting} to another.") from None

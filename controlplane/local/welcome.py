@@ -5,12 +5,15 @@ from collections.abc import Sequence
 import click
 
 from controlplane.local.engines import port_of
+from controlplane.local.hosts import FunctionsHere
 from controlplane.settings import Settings
 
 _ENGINES = {"postgresql": "PostgreSQL", "mysql": "MariaDB", "clickhouse": "chDB, by HTTP"}
 
 
-def welcome(settings: Settings, engines: Sequence[str], email: str, password: str | None) -> str:
+def welcome(
+    settings: Settings, engines: Sequence[str], functions: FunctionsHere, email: str, password: str | None
+) -> str:
     """Return the text; with the embedded engines that run, and the demo login only where it has just been made."""
     host = "127.0.0.1" if settings.http_host == "0.0.0.0" else settings.http_host  # noqa: S104
     base = f"http://{host}:{settings.http_port}"
@@ -24,6 +27,7 @@ def welcome(settings: Settings, engines: Sequence[str], email: str, password: st
     https = f"  HTTPS    https://{host}:{settings.https_port}/api/portal\n" if settings.tls_cert else ""
     running = (f"{engine:<10} on port {port_of(engine, settings)}   {_ENGINES[engine]}" for engine in engines)
     embedded = "\n           ".join(running) or "none is embedded; the catalogue has the clusters"
+    runtimes = ", ".join(functions.runtimes) or f"none can be run here: {' '.join(functions.lacking)}"
     return f"""
 {click.style("HTX Cloud is up.", bold=True, fg="green")}
 
@@ -31,6 +35,8 @@ def welcome(settings: Settings, engines: Sequence[str], email: str, password: st
 {https}  gRPC     {settings.grpc_host}:{settings.grpc_port}   with reflection, for buf curl and grpcurl
   Metrics  http://127.0.0.1:{settings.metrics_port}/metrics of the server, {settings.edge_metrics_port} of Envoy
   Engines  {embedded}
+  Runtimes {runtimes}
+  Proxies  SOCKS5 on {settings.proxy_host}:{settings.proxy_port}
   Login    {login}
 
 Log in, make a token, and make a database:

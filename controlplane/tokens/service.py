@@ -1,18 +1,17 @@
 """The servicer of API tokens. Only a login gets here: the policy in the proto says so."""
 
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, TypeAlias
 
 import grpc
-from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy import Executable, bindparam
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
 
 from controlplane.access import quota
-from controlplane.access.allowlist import parse_network
+from controlplane.access.allowlist import checked_networks
 from controlplane.access.permissions import unknown_among
 from controlplane.access.secrets import SHOWN_PREFIX, new_token
 from controlplane.api.v1 import tokens_pb2, tokens_pb2_grpc
@@ -23,6 +22,7 @@ from controlplane.ids import new_id
 from controlplane.keys import Keys
 from controlplane.rpc import etag, paging
 from controlplane.rpc.call import Call, current
+from controlplane.rpc.times import end, end_or_never
 from controlplane.sql import Store
 from controlplane.tokens.model import Token, TokenPermission, TokenUse, least_privilege, status_of, to_proto
 
@@ -71,8 +71,8 @@ class TokenService(tokens_pb2_grpc.TokenServiceServicer):
         """
         call, wanted, now = current(), request.token, self._clock.now()
         permissions = _checked_permissions(wanted)
-        expires_at = _end(wanted.expires_at, now=now) if wanted.HasField("expires_at") else None
-        allowed_ips = _checked_addresses(wanted.allowed_ips)
+        expires_at = end(wanted.expires_at, now=now) if wanted.HasField("expires_at") else None
+        allowed_ips = checked_networks(wanted.allowed_ips)
         secret = new_token()
         token = Token(
             id=new_id("tk"),
@@ -118,11 +118,9 @@ class TokenService(tokens_pb2_grpc.TokenServiceServicer):
         if change.HasField("name"):
             token.name = change.name
         if change.HasField("allowed_ips"):
-            token.allowed_ips = _checked_addresses(value.string_value for value in change.allowed_ips.list_value.values)
+            token.allowed_ips = checked_networks(value.string_value for value in change.allowed_ips.list_value.values)
         if change.HasField("expires_at"):
-            never = change.expires_at.HasField("null_value")
-            wanted = None if never else _read_time(change.expires_at.string_value)
-            token.expires_at = None if wanted is None else _end(wanted, now=self._clock.now())
+            token.expires_at = end_or_never(change.expires_at, now=self._clock.now())
             await self._charge(call, token)
         token.generation += 1
         await call.session.flush()
@@ -245,49 +243,3 @@ def _checked_permissions(wanted: tokens_pb2.CreateToken) -> list[str]:
             )
         )
     return sorted(set(permissions))
-
-
-def _read_time(text: str) -> Timestamp:
-    """Return the time that a text says.
-
-    Raises InvalidField.
-    """
-    stamp = Timestamp()
-    try:
-        stamp.FromJsonString(text)
-    except ValueError:
-        raise InvalidField(BrokenRule("expires_at", "must be a time such as 2027-01-31T12:00:00Z, or null")) from None
-    return stamp
-
-
-def _end(wanted: Timestamp, *, now: datetime) -> datetime:
-    """Return when the token is to expire.
-
-    Raises InvalidField for a time that has passed, or that no calendar has.
-    """
-    try:
-        expires_at = wanted.ToDatetime(tzinfo=UTC)
-    except ValueError:
-        raise InvalidField(BrokenRule("expires_at", "must lie between the years 1 and 9999")) from None
-    if expires_at <= now:
-        raise InvalidField(BrokenRule("expires_at", "must lie in the future"))
-    return expires_at
-
-
-def _checked_addresses(texts: Iterable[str]) -> list[str]:
-    """Return the addresses and networks as they are kept.
-
-    Raises InvalidField naming every one that is wrong.
-    """
-    kept, broken = [], []
-    for index, text in enumerate(texts):
-        try:
-            network = parse_network(text)
-        except ValueError as error:
-            broken.append(BrokenRule(f"allowed_ips[{index}]", str(error)))
-        else:
-            alone = network.prefixlen == network.max_prefixlen
-            kept.append(str(network.network_address if alone else network))
-    if broken:
-        raise InvalidField(*broken)
-    return kept

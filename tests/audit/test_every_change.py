@@ -16,6 +16,7 @@ from tests.stack import PASSWORD, Customer, Stack
 
 WRITES = sorted(name for name, rpc in RPCS.items() if rpc.writes)
 OIDC = "/api/portal/session/oidc"
+FUNCTION = {"runtime": "python3", "source": "def handler(event, context):\n    return event\n"}
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,48 @@ async def delete_backup(customer: Customer) -> Change:
     return Change(await by_token(customer), {"name": "made", "id": backup["id"]}, "made")
 
 
+async def create_function(customer: Customer) -> Change:
+    """Order a function."""
+    return Change(await by_token(customer), {"function": {"name": "made", **FUNCTION}}, "made")
+
+
+async def update_function(customer: Customer) -> Change:
+    """Let everybody call a function."""
+    await customer.create("/api/portal/functions", name="made", **FUNCTION)
+    return Change(await by_token(customer), {"name": "made", "function": {"auth": "public"}}, "made")
+
+
+async def delete_function(customer: Customer) -> Change:
+    """Delete a function."""
+    await customer.create("/api/portal/functions", name="made", **FUNCTION)
+    return Change(await by_token(customer), {"name": "made"}, "made")
+
+
+async def roll_a_function_back(customer: Customer) -> Change:
+    """Go back to the first version of a function."""
+    await customer.create("/api/portal/functions", name="made", **FUNCTION)
+    await customer.call("PATCH", "/api/portal/functions/made", json={"timeout_ms": 1000})
+    await customer.until("ready", "/api/portal/functions/made")
+    return Change(await by_token(customer), {"name": "made"}, "made")
+
+
+async def create_proxy(customer: Customer) -> Change:
+    """Order a proxy."""
+    return Change(await by_token(customer), {"proxy": {"name": "made"}}, "made")
+
+
+async def update_proxy(customer: Customer) -> Change:
+    """Let another address use a proxy."""
+    await customer.create("/api/portal/proxies", name="made")
+    return Change(await by_token(customer), {"name": "made", "proxy": {"allowed_ips": ["203.0.113.7"]}}, "made")
+
+
+async def touch_proxy(customer: Customer) -> Change:
+    """Delete a proxy, or give it a new password."""
+    await customer.create("/api/portal/proxies", name="made")
+    return Change(await by_token(customer), {"name": "made"}, "made")
+
+
 async def create_token(customer: Customer) -> Change:
     """Make a token."""
     return Change(await by_login(customer), {"token": {"name": "made"}}, "made")
@@ -181,6 +224,14 @@ SCENARIOS: dict[str, Callable[[Customer], Awaitable[Change]]] = {
     "StartDatabase": start_database,
     "RetryDatabase": retry_database,
     "UndeleteDatabase": undelete_database,
+    "CreateFunction": create_function,
+    "UpdateFunction": update_function,
+    "DeleteFunction": delete_function,
+    "RollbackFunction": roll_a_function_back,
+    "CreateProxy": create_proxy,
+    "UpdateProxy": update_proxy,
+    "DeleteProxy": touch_proxy,
+    "RotateProxyPassword": touch_proxy,
     "CreateToken": create_token,
     "UpdateToken": change_token,
     "RotateToken": touch_token,
@@ -208,6 +259,7 @@ class Told:
         return entries, [event for event in events if "request_id" in event]
 
 
+@pytest.mark.usefixtures("functions", "proxy_port")
 @pytest.mark.parametrize("name", [name for name in WRITES if name != "FinishSession"])
 async def test_a_change_is_told_once(customer: Customer, door: Door, name: str) -> None:
     """A change that is tried, done and repeated by its key is one entry and one event, with all that was so."""

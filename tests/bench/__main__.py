@@ -14,6 +14,7 @@ import uvloop
 from tests.bench.backlog import measure_backlog
 from tests.bench.bare import Differs
 from tests.bench.clusters import catalog_of, other_clusters, postgresql_cluster
+from tests.bench.functions import measure_functions
 from tests.bench.growth import measure_growth
 from tests.bench.load import LoadError
 from tests.bench.ours import CallError
@@ -22,9 +23,11 @@ from tests.bench.process import ProcessError
 from tests.bench.provisioning import measure_provisioning
 from tests.bench.report import Part, Report
 from tests.bench.requests import measure_requests
+from tests.bench.socks import measure_proxies
 
 RESULTS = Path("build/bench")
-PARTS = ("requests", "provisioning", "backlog", "growth")
+_ON_CLUSTERS = ("provisioning", "backlog", "growth")
+PARTS = ("requests", *_ON_CLUSTERS, "functions", "proxies")
 
 
 @click.command()
@@ -32,7 +35,7 @@ PARTS = ("requests", "provisioning", "backlog", "growth")
 @click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help="How often every peer runs.")
 @click.option("--seconds", default=2, show_default=True, type=click.IntRange(1), help="How long each run lasts.")
 def main(only: tuple[str, ...], rounds: int, seconds: int) -> None:
-    """Measure requests, provisioning, the reconciler and growth; write build/bench/latest.json and .md.
+    """Measure requests, databases, functions and proxies; write build/bench/latest.json and .md.
 
     Exit status 1, and nothing is reported: a run had errors, a peer does other work, a revoked token still worked, or
     a database did not become what it should. 2: wrk is missing.
@@ -53,7 +56,13 @@ def main(only: tuple[str, ...], rounds: int, seconds: int) -> None:
             parts: list[Part] = []
             if "requests" in chosen:
                 parts.append(measure_requests(folder / "requests", rounds=rounds, seconds=seconds))
-            if set(chosen) - {"requests"}:
+            if "functions" in chosen:
+                click.echo("Calling functions…", err=True)
+                parts.append(uvloop.run(measure_functions(folder / "functions")))
+            if "proxies" in chosen:
+                click.echo("Carrying bytes through proxies…", err=True)
+                parts.append(measure_proxies(folder / "proxies", rounds=rounds, seconds=seconds))
+            if set(chosen) & set(_ON_CLUSTERS):
                 parts += uvloop.run(_measure_databases(folder, chosen))
     except (CallError, Differs, LoadError, PeerError, ProcessError) as error:
         click.echo(f"Nothing is reported: {error}", err=True)

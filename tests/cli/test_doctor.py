@@ -4,7 +4,7 @@ import asyncio
 import re
 import sys
 from collections.abc import AsyncIterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from controlplane.databases.engines.engine import ClusterUnavailable, Observatio
 from controlplane.databases.model import DELETED, STOPPED, UPDATING
 from controlplane.databases.sweep import STORAGE
 from controlplane.doctor import Difference, Doctor, Kind
+from controlplane.hosts.model import FUNCTIONS, Host
 from controlplane.local.postgres import EmbeddedPostgres
 from controlplane.reconcile import DELETING, FAILED
 from controlplane.tables import METADATA
@@ -54,7 +55,8 @@ def catalog_of_two(catalog: Path, tmp_path: Path) -> Path:
 
 
 async def furnish(yard: Yard) -> None:
-    """Add a database that is ready, one that is stopped, one that is deleted, and their backups, all counted."""
+    """Add databases that are ready, stopped and deleted, and their backups, all counted; and a host that asks."""
+    await yard.add(host("here", last_seen_at=yard.clock.now(), instance="its start"))
     ready, stopped = yard.database(cluster=CLUSTER), yard.database(cluster=CLUSTER, state=STOPPED, stopped=True)
     deleted = yard.database(cluster=CLUSTER, state=DELETED, deleted_at=yard.clock.now())
     await yard.add(ready, stopped, deleted)
@@ -64,6 +66,13 @@ async def furnish(yard: Yard) -> None:
     await yard.appear(ready.object_name, CLUSTER)
     await yard.appear(stopped.object_name, CLUSTER, login=False)
     await execute(yard, COUNT)  # charge what is there
+
+
+def host(name: str, **values: Any) -> Host:
+    """Return the row of a host of functions."""
+    return Host(
+        id=name, kind=FUNCTIONS, name=name, region="local", secret_digest=name, created_at=SystemClock().now(), **values
+    )
 
 
 COUNT = """
@@ -121,6 +130,7 @@ async def test_each_difference_is_a_line(run: Run, yard: Yard, catalog_of_two: P
     broken = yard.backup(failed, verification_error="The backup's manifest was changed.")
     waiting = yard.backup(failed, state=RUNNING, deadline_at=past, waiting_on="cluster away")
     await yard.add(half, broken, waiting)
+    await yard.add(host("never"), host("away", last_seen_at=datetime(2026, 1, 31, 12, tzinfo=UTC), used=2))
     for name in (let_in.object_name, elsewhere.object_name, orphan := yard.new_name()):
         await yard.appear(name, CLUSTER)
     left = files_of(yard.new_name(), half.id.replace("bk_0", "bk_1"))[0]
@@ -154,16 +164,18 @@ async def test_each_difference_is_a_line(run: Run, yard: Yard, catalog_of_two: P
         ],
         Kind.NO_FILE: [(half.id, files_of(failed, half.id)[1])],
         Kind.NO_RESTORE: [(broken.id, "The backup's manifest was changed.")],
+        Kind.AWAY: [("away", "it asked last at 2026-01-31 12:00:00 UTC"), ("never", "it has never asked")],
         Kind.COUNT: [
             ("quota_uses", "ac_1 databases: 1 counted, 8 there"),
             ("cluster_uses", "away: 0 counted, 1 there"),
+            ("hosts", "away: 2 counted, 0 there"),
             ("db_nobody", "charged and not there"),
             (lost.id, "there and not charged"),
         ],
         Kind.LATE: [(late.id, "deleting: The cluster is full."), (waiting.id, "running: it waits for cluster away")],
         Kind.FAILED: [(failed.id, "It was not done in time.")],
     }
-    assert re.fullmatch(f"16 differences: {SUMMARY}", summary), summary
+    assert re.fullmatch(f"19 differences: {SUMMARY}", summary), summary
     assert "2 clusters, 8 databases, 4 backups" in summary
     assert "hunter2" not in ended.output
 
@@ -269,3 +281,11 @@ async def test_a_wrong_setting_is_one_sentence(
     assert ended.errors.startswith(f"controlplane: {sentence}"), ended.errors
     assert len(ended.errors.splitlines()) == 1
     assert "hunter2" not in ended.errors
+
+
+async def test_functions_that_cannot_be_run_here(run: Run, yard: Yard, catalog: Path) -> None:
+    """Where no host runs functions, the command says what this machine lacks to; it counts as no difference."""
+    await execute(yard, "DELETE FROM hosts")
+    ended = await doctor(run, yard, catalog, PATH="/nowhere", HTX_FUNCTIONS_UID="1000")
+    assert ended.status == 0, ended.output
+    assert re.search("^No functions can be run on this machine: ", ended.errors, re.MULTILINE), ended.errors

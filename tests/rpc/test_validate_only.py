@@ -11,21 +11,30 @@ from tests.backups.rest import DATABASES, back_up, connection_of, delete, file_o
 from tests.doors import Answer, Door
 from tests.stack import PASSWORD, Customer, Stack
 
+FUNCTION = {"runtime": "python3", "source": "def handler(event, context):\n    return event\n"}
 NEW = {"name": "new", "engine": "postgresql", "sku": "db-s-1vcpu-1gb"}
-# When a credential was used, and what a look at a database finds, which comes a few seconds after it was ordered.
+# When a credential was used or a host was heard of, and what a look at a database finds, a few seconds after its order.
 WRITTEN_BY_ITSELF = {
-    *("last_used_at", "last_used_ip"),
+    *("last_used_at", "last_used_ip", "last_seen_at"),
     *("lease_token", "lease_until", "next_attempt_at", "observed_at", "size_bytes", "connections"),
 }
+
+
+pytestmark = pytest.mark.usefixtures("functions", "proxy_port")
 
 
 @pytest.fixture(scope="module")
 async def owner(stack: Stack) -> Customer:
     """A customer with everything that there is to change.
 
-    A database, a backup, one of each that was stopped, deleted or has failed, a token and two logins.
+    A function, a proxy, a database, a backup, one of each that was stopped, deleted or has failed, a token and two
+    logins.
     """
     customer = await stack.customer()
+    await customer.create("/api/portal/functions", name="kept", **FUNCTION)
+    await customer.call("PATCH", "/api/portal/functions/kept", json={"timeout_ms": 1000})
+    await customer.until("ready", "/api/portal/functions/kept")
+    await customer.create("/api/portal/proxies", name="kept")
     for name in ("deleted", "stopped", "kept"):
         await customer.create_database(name)
     await back_up(customer, "deleted")
@@ -87,6 +96,14 @@ async def test_each_write_can_be_tried(stack: Stack, owner: Customer, door: Door
         "CreateBackup": {"name": "kept"},
         "DeleteBackup": {"name": "kept", "id": backup},
         "RestoreBackup": {"name": "kept", "id": backup, "database": {"name": "copy"}},
+        "CreateFunction": {"function": {"name": "new", **FUNCTION}},
+        "UpdateFunction": {"name": "kept", "function": {"timeout_ms": 2000, "env": {"A": "b"}}},
+        "DeleteFunction": {"name": "kept"},
+        "RollbackFunction": {"name": "kept"},
+        "CreateProxy": {"proxy": {"name": "new"}},
+        "UpdateProxy": {"name": "kept", "proxy": {"allowed_ips": ["203.0.113.7"]}},
+        "DeleteProxy": {"name": "kept"},
+        "RotateProxyPassword": {"name": "kept"},
         "CreateToken": {"token": {"name": "tried"}},
         "UpdateToken": {"id": token, "token": {"name": "tried", "allowed_ips": ["203.0.113.7"]}},
         "RotateToken": {"id": token, "rotation": {"grace_seconds": 60}},
@@ -129,6 +146,11 @@ async def test_a_trial_goes_the_whole_way(owner: Customer, poor: Customer, door:
         ("conflict", "RetryDatabase", {"name": "kept"}),
         ("not_found", "UndeleteDatabase", {"name": "kept"}),
         ("not_found", "DeleteDatabase", {"name": "nowhere"}),
+        ("already_exists", "CreateFunction", {"function": {"name": "kept", **FUNCTION}}),
+        ("conflict", "CreateFunction", {"function": {"name": "new", "region": "elsewhere", **FUNCTION}}),
+        ("not_found", "RollbackFunction", {"name": "nowhere"}),
+        ("already_exists", "CreateProxy", {"proxy": {"name": "kept"}}),
+        ("invalid_field", "UpdateProxy", {"name": "kept", "proxy": {"allowed_ips": ["everywhere"]}}),
         ("not_found", "RotateToken", {"id": "tk_none"}),
         ("not_found", "UpdateToken", {"id": "tk_none", "token": {"name": "a"}}),
         ("invalid_field", "UpdateToken", {"id": "tk_none", "token": {"name": ""}}),

@@ -1,0 +1,1 @@
+"""What runs customers' functions: the sandbox, its workers, and what makes use of them."""
