@@ -222,6 +222,22 @@ class RateLimited(PortalError):
         self.retry_after = retry_after
 
 
+class TooManyCalls(RateLimited):
+    """The function runs as many calls as it may."""
+
+    def __init__(self, sentence: str, *, retry_after: int) -> None:
+        PortalError.__init__(self, sentence)
+        self.retry_after = retry_after
+
+
+class TimedOut(PortalError):
+    """The function has not answered in time."""
+
+    status = StatusCode.DEADLINE_EXCEEDED
+    http = 504
+    code = "timeout"
+
+
 class Unavailable(PortalError):
     """Something that the request needs does not answer; it may later."""
 

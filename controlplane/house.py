@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc
 
+from controlplane.access.admission import Admission
 from controlplane.access.credentials import Credentials
 from controlplane.access.interceptor import AccessInterceptor
 from controlplane.access.rate import Limiter, LocalLimiter
@@ -97,7 +98,13 @@ class House:
         self.feed = Feed(store=self.store, clock=clock)
         self.limiter = _limiter(settings, clock, self.metrics)
         self.oidc = _oidc(settings, self.keys, clock)
-        self.credentials = Credentials(store=self.store, keys=self.keys, catalog=self.catalog)
+        self.admission = Admission(
+            credentials=Credentials(store=self.store, keys=self.keys, catalog=self.catalog),
+            limiter=self.limiter,
+            uses=self.uses,
+            clock=clock,
+            anonymous_rate_limit=settings.anonymous_rate_limit,
+        )
         self.reconciler = Reconciler(
             store=self.store, clock=clock, feed=self.feed, metrics=self.metrics, provisioners=self._provisioners()
         )
@@ -115,9 +122,7 @@ class House:
         self.access = AccessInterceptor(
             rpcs=rpcs(),
             store=self.store,
-            clock=clock,
-            credentials=self.credentials,
-            limiter=self.limiter,
+            admission=self.admission,
             uses=self.uses,
             audit=self.audit,
             feed=self.feed,
@@ -125,7 +130,6 @@ class House:
             metrics=self.metrics,
             traces=self.traces,
             max_body_bytes=settings.max_body_bytes,
-            anonymous_rate_limit=settings.anonymous_rate_limit,
         )
         self.hosts = HostInterceptor(store=self.store, keys=self.keys)
 
@@ -216,8 +220,7 @@ class House:
                 store=store,
                 clock=clock,
                 keys=self.keys,
-                credentials=self.credentials,
-                limiter=self.limiter,
+                admission=self.admission,
                 uses=self.uses,
                 versions=versions,
                 function_logs=self.function_logs,

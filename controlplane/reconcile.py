@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from typing import Any, Protocol, TypeVar
 
 import structlog
-from sqlalchemy import CursorResult, Index, func, or_, text, update
+from sqlalchemy import CursorResult, Index, case, func, literal, or_, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import Field, SQLModel, col, select
 
@@ -351,6 +351,11 @@ class Reconciler:
                 kept = current is not None
             else:
                 values = {**self._values(row, outcome), "lease_token": None, "lease_until": None}
+                if isinstance(outcome, NotYet) and values["next_attempt_at"] is not None:
+                    # What the row waits for may have come while the step was under way, and have made it due.
+                    due = col(model.next_attempt_at)
+                    later = literal(values["next_attempt_at"], UtcDateTime)
+                    values["next_attempt_at"] = case((due == row.next_attempt_at, later), else_=due)
                 kept = await _affects(session, update(model).where(*mine, _same_order(model, row)).values(values))
                 state, detail = values.get("state", row.state), values["last_error"]
                 if kept and not isinstance(outcome, NotYet):

@@ -15,17 +15,11 @@ import structlog
 from google.protobuf.message import Message
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from controlplane.access.allowlist import is_allowed, network_of
-from controlplane.access.caller import Caller
-from controlplane.access.credentials import Credentials
-from controlplane.access.policy import check_policy
-from controlplane.access.rate import Limiter
-from controlplane.access.same_site import check_same_site
+from controlplane.access.admission import Admission
 from controlplane.access.uses import Uses
 from controlplane.audit.log import AuditLog
 from controlplane.audit.model import AuditEntry
-from controlplane.clock import Clock
-from controlplane.errors import IpDenied, PortalError, RateLimited, TooLarge, Unauthenticated, Unavailable
+from controlplane.errors import PortalError, TooLarge, Unavailable
 from controlplane.events.feed import Feed
 from controlplane.hosts.interceptor import HOST_SERVICES
 from controlplane.observe.metrics import Metrics
@@ -65,9 +59,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         *,
         rpcs: dict[str, Rpc],
         store: Store,
-        clock: Clock,
-        credentials: Credentials,
-        limiter: Limiter,
+        admission: Admission,
         uses: Uses,
         idempotency: Idempotency,
         audit: AuditLog,
@@ -75,18 +67,14 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         metrics: Metrics,
         traces: Traces,
         max_body_bytes: int,
-        anonymous_rate_limit: int,
     ) -> None:
         self._rpcs = rpcs
         self._store = store
-        self._clock = clock
-        self._credentials = credentials
-        self._limiter = limiter
+        self._admission = admission
         self._uses = uses
         self._idempotency = idempotency
         self._audit = audit
         self._feed = feed
-        self._anonymous_rate_limit = anonymous_rate_limit
         self._metrics = metrics
         self._traces = traces
         self._max_body_bytes = max_body_bytes
@@ -174,67 +162,15 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
 
     async def _admit(self, call: Call, raw: bytes) -> None:
         """Go through everything that stands between a caller and what he asks for."""
-        if call.rpc.access.public:
-            await self._count_address(call, "public", of="requests without a credential")
-        else:
-            try:
-                caller = await self._identify(call)
-            except (Unauthenticated, IpDenied) as error:
-                if isinstance(error, IpDenied) and call.presented is not None:
-                    await self._count(call, call.presented, cost=0)
-                await self._count_address(call, "refused", of="requests without a valid credential")
-                raise
-            await self._count(call, caller)
-            call.maybe_caller = caller
-        check_policy(call.rpc, call.maybe_caller)
-        check_same_site(call)
+        await self._admission.admit(call)
         limit = call.rpc.max_body_bytes or self._max_body_bytes
         if len(raw) > limit:
             raise TooLarge(limit)
-        self._uses.used(call)
-
-    async def _identify(self, call: Call) -> Caller:
-        """Return who is calling.
-
-        Raises Unauthenticated for no credential or one that does not hold, IpDenied for one that must not be used from
-        where it is.
-        """
-        caller = call.presented = await self._credentials.find_caller(call.metadata)
-        if caller is None or not caller.holds(self._clock.now()):
-            raise Unauthenticated
-        if caller.networks and not is_allowed(call.client_ip, caller.networks):
-            raise IpDenied(call.client_ip)
-        return caller
-
-    async def _count(self, call: Call, caller: Caller, *, cost: int = 1) -> None:
-        """Count a request of a credential, and tell a token how many it has left.
-
-        Raises RateLimited.
-        """
-        verdict = await self._limiter.hit(caller.credential_id, caller.rate_limit, cost=cost)
-        if caller.kind == "token":
-            call.headers += (
-                ("ratelimit-limit", str(verdict.limit)),
-                ("ratelimit-remaining", str(verdict.remaining)),
-                ("ratelimit-reset", str(verdict.reset)),
-            )
-        if cost and not verdict.allowed:
-            raise RateLimited(verdict.limit, retry_after=verdict.reset)
-
-    async def _count_address(self, call: Call, kind: str, *, of: str) -> None:
-        """Count a request without a valid credential, by the address that it comes from.
-
-        Valid credentials are not counted here, and refused ones apart from logins, so that a whole office is not locked
-        out by one program in it. Raises RateLimited.
-        """
-        verdict = await self._limiter.hit(f"{kind}:{network_of(call.client_ip)}", self._anonymous_rate_limit)
-        if not verdict.allowed:
-            raise RateLimited(verdict.limit, retry_after=verdict.reset, of=f"{of} from one address")
 
     async def _read(self, call: Call, method: Any, raw: bytes, context: Context) -> bytes:
         response: Message = await method(read_request(raw, call), context)
         if call.rpc.waits:
-            await self._identify(call)  # it may have ended while it waited
+            await self._admission.identify(call)  # it may have ended while it waited
         if call.rest and call.rpc.response_body:
             response = bare_list(response, call.rpc.response_body)
         return response.SerializeToString()

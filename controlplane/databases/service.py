@@ -29,6 +29,7 @@ from controlplane.keys import Keys
 from controlplane.reconcile import DELETING, FAILED
 from controlplane.rpc import etag, paging
 from controlplane.rpc.call import Call, current
+from controlplane.rpc.merge import merged
 from controlplane.rpc.remembered import remembered
 from controlplane.sql import Store
 
@@ -120,7 +121,7 @@ class DatabaseService(databases_pb2_grpc.DatabaseServiceServicer):
         if change.HasField("deletion_protection"):
             database.deletion_protection = change.deletion_protection
         if change.HasField("tags"):
-            database.tags = _merged(database.tags, change)
+            database.tags = merged(database.tags, change.tags)
         self._orders.schedule(database, change)
         if change.HasField("sku") and change.sku != database.sku:
             self._orders.check_sku(change.sku, engine=database.engine)
@@ -304,14 +305,3 @@ def _connection(connection: Connection) -> databases_pb2.DatabaseConnection:
         password=connection.password,
         uri=connection.uri,
     )
-
-
-def _merged(tags: dict[str, str], change: databases_pb2.UpdateDatabase) -> dict[str, str]:
-    """Return the labels with the change merged in (RFC 7396): null removes one."""
-    merged = dict(tags)
-    for name, value in change.tags.fields.items():
-        if value.HasField("null_value"):
-            merged.pop(name, None)
-        else:
-            merged[name] = value.string_value
-    return merged

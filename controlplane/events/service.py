@@ -1,7 +1,6 @@
 """The servicer of the feed."""
 
 from typing import Any
-from urllib.parse import urlencode
 
 import grpc
 
@@ -9,7 +8,7 @@ from controlplane.api.v1 import events_pb2, events_pb2_grpc
 from controlplane.events.feed import Feed
 from controlplane.events.model import to_proto
 from controlplane.rpc.call import current
-from controlplane.rpc.paging import MAX_PAGE
+from controlplane.rpc.paging import MAX_PAGE, link_on
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -33,9 +32,6 @@ class EventService(events_pb2_grpc.EventServiceServicer):
         events = await self._feed.read(account_id, after=after, limit=limit, wait=request.wait)
         last = events[-1].sequence if events else after
         if call.rest:
-            path = call.metadata["x-envoy-original-path"].partition("?")[0]
-            asked = {"wait": request.wait, "page_size": request.page_size}
-            query = urlencode({"after": last, **{name: value for name, value in asked.items() if value}})
-            call.headers.append(("link", f'<{path}?{query}>; rel="next"'))
+            link_on(call, after=last, wait=request.wait, page_size=request.page_size)
             last = 0  # the answer is a bare array
         return events_pb2.ListEventsResponse(events=map(to_proto, events), last_sequence=last)

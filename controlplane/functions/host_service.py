@@ -10,14 +10,11 @@ from cryptography.exceptions import InvalidTag
 from sqlalchemy import tuple_
 from sqlmodel import col, select
 
-from controlplane.access.allowlist import is_allowed
-from controlplane.access.credentials import Credentials
-from controlplane.access.policy import check_policy
-from controlplane.access.rate import Limiter
+from controlplane.access.admission import Admission
 from controlplane.access.uses import Uses
 from controlplane.api.hosts.v1 import hosts_pb2, hosts_pb2_grpc
 from controlplane.clock import Clock
-from controlplane.errors import IpDenied, NotFound, PortalError, RateLimited, Unauthenticated
+from controlplane.errors import NotFound, PortalError, RateLimited, Unauthenticated
 from controlplane.events.feed import Feed
 from controlplane.functions.invocations import call_secrets
 from controlplane.functions.logs import FunctionLogs
@@ -49,8 +46,7 @@ class FunctionHostService(hosts_pb2_grpc.FunctionHostServiceServicer):
         store: Store,
         clock: Clock,
         keys: Keys,
-        credentials: Credentials,
-        limiter: Limiter,
+        admission: Admission,
         uses: Uses,
         versions: Versions,
         function_logs: FunctionLogs,
@@ -61,8 +57,7 @@ class FunctionHostService(hosts_pb2_grpc.FunctionHostServiceServicer):
         self._store = store
         self._clock = clock
         self._keys = keys
-        self._credentials = credentials
-        self._limiter = limiter
+        self._admission = admission
         self._uses = uses
         self._versions = versions
         self._logs = function_logs
@@ -246,31 +241,16 @@ class FunctionHostService(hosts_pb2_grpc.FunctionHostServiceServicer):
         )
 
     async def _admit(self, call: Call, function_id: str) -> None:
-        """Let a caller go on to a function, and count the call.
+        """Let a caller go on to a function.
 
-        Raises NotFound, Unauthenticated also for a token of another account, IpDenied, ScopeDenied or RateLimited.
+        Raises NotFound, or what Admission does; a token of another account is none.
         """
         region = current_host().region
         of_region = col(Function.id) == function_id, col(Function.region) == region, col(Function.state) != DELETING
         rows = await self._store.fetch(select(Function.account_id).where(*of_region))
         if not rows:
             raise NotFound("function", function_id)
-        caller = call.presented = await self._credentials.find_caller(call.metadata)
-        if caller is None or caller.account_id != rows[0].account_id or not caller.holds(self._clock.now()):
-            raise Unauthenticated
-        if caller.networks and not is_allowed(call.client_ip, caller.networks):
-            raise IpDenied(call.client_ip)
-        verdict = await self._limiter.hit(caller.credential_id, caller.rate_limit)
-        call.headers += (
-            ("ratelimit-limit", str(verdict.limit)),
-            ("ratelimit-remaining", str(verdict.remaining)),
-            ("ratelimit-reset", str(verdict.reset)),
-        )
-        if not verdict.allowed:
-            raise RateLimited(verdict.limit, retry_after=verdict.reset)
-        check_policy(call.rpc, caller)
-        call.maybe_caller = caller
-        self._uses.used(call)
+        await self._admission.admit(call, account_id=rows[0].account_id)
 
 
 def _kept(error: str) -> str:

@@ -11,11 +11,10 @@ from zlib import crc32
 import httpx2
 import structlog
 from google.protobuf.struct_pb2 import NULL_VALUE, Struct, Value
-from grpc import StatusCode
 
 from controlplane.api.v1 import functions_pb2
 from controlplane.clock import Clock
-from controlplane.errors import BrokenRule, InvalidField, PortalError, RateLimited, TooLarge, Unavailable
+from controlplane.errors import BrokenRule, InvalidField, TimedOut, TooLarge, TooManyCalls, Unavailable
 from controlplane.functions.model import Function
 from controlplane.hosts.model import FUNCTIONS, Host, live_hosts
 from controlplane.keys import Keys
@@ -32,22 +31,6 @@ _EXACT = 2**53  # up to which a number of JSON is the same in protobuf
 
 T = TypeVar("T")
 _log = structlog.get_logger("invocations")
-
-
-class TooManyCalls(RateLimited):
-    """The function runs as many calls as it may."""
-
-    def __init__(self, sentence: str, *, retry_after: int) -> None:
-        PortalError.__init__(self, sentence)
-        self.retry_after = retry_after
-
-
-class TimedOut(PortalError):
-    """The function has not answered in time."""
-
-    status = StatusCode.DEADLINE_EXCEEDED
-    http = 504
-    code = "timeout"
 
 
 def call_secrets(keys: Keys, instance: str) -> list[str]:

@@ -1,8 +1,5 @@
 """What becomes a function or a new version of one, in the transaction of the order: what is asked for is possible."""
 
-from collections.abc import Mapping
-
-from google.protobuf.struct_pb2 import Struct
 from sqlalchemy import bindparam
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -21,6 +18,7 @@ from controlplane.hosts.model import FUNCTIONS, live_hosts
 from controlplane.ids import new_id
 from controlplane.reconcile import FAILED
 from controlplane.rpc.call import Call
+from controlplane.rpc.merge import merged
 from controlplane.sql import Store
 
 _MEMORY_MB = 128  # where the order does not say, as the contract has it; so are these
@@ -101,7 +99,7 @@ class FunctionOrders:
         before = await find_version(call.session, function, function.wanted_version)
         assert before is not None  # noqa: S101 - what is wanted is kept
         env_before = self._versions.env_of(function, before)
-        env = _merged(env_before, change.env)
+        env = merged(env_before, change.env)
         if len(env) > _MOST_VARIABLES:
             raise InvalidField(BrokenRule("env", f"at most {_MOST_VARIABLES} variables, and these would be {len(env)}"))
         if change.HasField("entrypoint"):
@@ -169,14 +167,3 @@ def _check_entrypoint(runtime: str, entrypoint: str) -> None:
         source_file(runtime, entrypoint)
     except ArchiveError as error:
         raise InvalidField(BrokenRule("entrypoint", str(error))) from None
-
-
-def _merged(env: Mapping[str, str], change: Struct) -> dict[str, str]:
-    """Return the variables with the change merged in (RFC 7396): null removes one."""
-    merged = dict(env)
-    for name, value in change.fields.items():
-        if value.HasField("null_value"):
-            merged.pop(name, None)
-        else:
-            merged[name] = value.string_value
-    return merged

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import partial
 from typing import Any
-from urllib.parse import urlencode
 
 import grpc
 from sqlalchemy import bindparam
@@ -194,11 +193,9 @@ class FunctionService(functions_pb2_grpc.FunctionServiceServicer):
             wait=request.wait,
         )
         if call.rest:
-            path = call.metadata["x-envoy-original-path"].partition("?")[0]
-            asked = {"wait": request.wait, "page_size": request.page_size, "version": request.version}
             last = lines[-1].sequence if lines else max(after, 0)
-            query = urlencode({"after": last, **{name: value for name, value in asked.items() if value}})
-            call.headers.append(("link", f'<{path}?{query}>; rel="next"'))
+            asked = {"wait": request.wait, "page_size": request.page_size, "version": request.version}
+            paging.link_on(call, after=last, **asked)
         return functions_pb2.ListFunctionLogsResponse(lines=map(logs.to_proto, lines))
 
     async def _read(self, call: Call, name: str) -> Function:

@@ -77,6 +77,13 @@ def cut(rows: Sequence[RowT], request: PageRequest, call: Call) -> tuple[Sequenc
     return page, None
 
 
+def link_on(call: Call, *, after: int, **asked: int) -> None:
+    """Give a REST caller the address of what comes after a place in a list that can be followed, as `Link`."""
+    path = call.metadata["x-envoy-original-path"].partition("?")[0]
+    query = urlencode({"after": after, **{name: value for name, value in asked.items() if value}})
+    call.headers.append(("link", f'<{path}?{query}>; rel="next"'))
+
+
 def _size(request: PageRequest) -> int:
     return request.page_size or MAX_PAGE
 

@@ -6,9 +6,7 @@ from typing import Any
 import grpc
 import pytest
 
-from controlplane.access.credentials import Credentials
 from controlplane.access.interceptor import AccessInterceptor
-from controlplane.access.rate import LocalLimiter
 from controlplane.api.v1 import databases_pb2
 from controlplane.events.feed import Feed
 from controlplane.observe.traces import Traces
@@ -27,9 +25,7 @@ async def channel(stack: Stack) -> AsyncIterator[grpc.aio.Channel]:
     access = AccessInterceptor(
         rpcs=rpcs(),
         store=server.store,
-        clock=stack.clock,
-        credentials=Credentials(store=server.store, keys=server.keys, catalog=server.catalog),
-        limiter=LocalLimiter(stack.clock),
+        admission=server.house.admission,
         uses=server.uses,
         audit=server.audit,
         feed=Feed(store=server.store, clock=stack.clock),
@@ -37,7 +33,6 @@ async def channel(stack: Stack) -> AsyncIterator[grpc.aio.Channel]:
         metrics=server.metrics,
         traces=Traces(),
         max_body_bytes=65536,
-        anonymous_rate_limit=1_000_000,
     )
 
     async def stream(request: Any, context: Any) -> AsyncIterator[Any]:

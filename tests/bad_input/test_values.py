@@ -100,8 +100,13 @@ async def test_no_text_contains_nul(somebody: Customer, door: Door, rpc: str, re
 async def test_a_strange_name_is_only_not_found(bearer: dict[str, str], door: Door, rpc: str) -> None:
     """Names in other scripts or with quotes are looked for and not found; empty and endless ones are refused."""
     more: dict[str, Any] = {"id": "bk_1"} if "{id}" in RPCS[rpc].route else {}
-    bodies: dict[str, dict[str, Any]] = {"UpdateDatabase": {}, "RestoreBackup": {"name": "copy"}}
-    more |= {"database": bodies[rpc]} if rpc in bodies else {}
+    bodies: dict[str, dict[str, Any]] = {
+        "UpdateDatabase": {"database": {}},
+        "RestoreBackup": {"database": {"name": "copy"}},
+        "UpdateFunction": {"function": {}},
+        "UpdateProxy": {"proxy": {}},
+    }
+    more |= bodies.get(rpc, {})
     for name in ("данные", "🐘", "a'b", "a%20b"):
         answer = await door.call(rpc, {"name": name, **more}, **bearer)
         assert answer.code == "not_found", name

@@ -129,8 +129,9 @@ def test_an_admin_url_may_be_kept_elsewhere(tmp_path: Path, monkeypatch: pytest.
         secret.unlink(missing_ok=True)
 
 
+@pytest.mark.usefixtures("functions", "proxy_port")
 async def test_rest_lists_what_is_for_sale(stack: Stack, customer: Customer) -> None:
-    """Plans, sizes and regions are the catalogue's, in its order, and show nothing of the clusters."""
+    """Plans, sizes and regions are the catalogue's, in its order, with what runs there and nothing of the clusters."""
     assert stack.settings.catalog is not None
     catalog = tomllib.loads(stack.settings.catalog.read_text())
     for kind in ("plans", "skus"):
@@ -138,7 +139,10 @@ async def test_rest_lists_what_is_for_sale(stack: Stack, customer: Customer) -> 
         assert answer.status_code == 200
         assert answer.json() == catalog[kind]
     regions = await customer.call("GET", "/api/portal/regions")
-    assert regions.json() == [
-        {"name": "local", "title": "This machine", "engines": ["postgresql"]},
-        {"name": "elsewhere", "title": "A region without clusters", "engines": []},
-    ]
+    lacking = {"engines": [], "runtimes": [], "function_network": False, "proxies": False}
+    local, elsewhere = regions.json()
+    assert (
+        local.items() >= {"name": "local", "title": "This machine", "engines": ["postgresql"], "proxies": True}.items()
+    )
+    assert "python3" in local["runtimes"]
+    assert elsewhere == {"name": "elsewhere", "title": "A region without clusters", **lacking}
