@@ -1,6 +1,6 @@
 """A host that carries SOCKS5 traffic: credentials in, bytes across, counters out.
 
-It knows nothing of the control plane. In the order in which a client meets it:
+Only host.py knows the control plane, and follows it. In the order in which a client meets it:
 
     server.py        listens, lets so many shake hands at a time, and ends what has to end
     incoming.py      the bytes of a client that shakes hands

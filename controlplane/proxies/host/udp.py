@@ -67,8 +67,8 @@ class Association:
             self.close()
             client.transport.abort()
 
-        self._session.cut = cut
-        client.take_rest()
+        self._session.cut = cut  # at once: on uvloop, datagrams would still pass before the task was cancelled
+        client.take_rest()  # or reading stays paused, and the end unseen
         if not client.has_ended:
             await ignored.has_ended.wait()
 
