@@ -44,8 +44,8 @@ async def hello(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 @pytest.mark.parametrize(("bound", "host"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]"), ("127.0.0.1", "localhost")])
 async def test_curl_gets_through(proxy_host: str, bound: str, host: str) -> None:
     """A client that is not ours reaches IPv4, IPv6 and names, by a proxy of either family."""
-    if (curl := shutil.which("curl")) is None:
-        pytest.skip("there is no curl: apt-get install curl")
+    curl = shutil.which("curl")
+    assert curl, "there is no curl: apt-get install curl"
     async with running() as proxy, Target(hello, bound) as target:
         by = f"px_1:{PASSWORD.decode().replace(' ', '%20')}@{proxy_host}:{proxy.port}"
         program = await asyncio.create_subprocess_exec(
