@@ -317,12 +317,15 @@ def add_host(name: str, kind: str, region: str | None, address: str, capacity: i
 @host.command("list")
 def list_hosts() -> None:
     """List all hosts, and when each was last heard of."""
-    row = "{:<24} {:<10} {:<12} {:<28} {:<12} {}"
-    click.echo(click.style(row.format("NAME", "KIND", "REGION", "ADDRESS", "PROXIES", "SEEN"), bold=True))
     now = SystemClock().now()
+    rows = [("NAME", "KIND", "REGION", "ADDRESS", "PROXIES", "SEEN")]
     for each in _with_store(hosts.list_hosts):
         used = f"{each.used} of {each.capacity}" if each.kind == PROXIES else ""
-        click.echo(row.format(each.name, each.kind, each.region, each.address, used, _since(each.last_seen_at, now)))
+        rows.append((each.name, each.kind, each.region, each.address, used, _since(each.last_seen_at, now)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for number, row in enumerate(rows):
+        line = "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        click.echo(click.style(line, bold=number == 0))
 
 
 @host.command("remove")

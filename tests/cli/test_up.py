@@ -20,10 +20,20 @@ import pytest
 
 import controlplane
 from tests.cli.conftest import COMMAND, environment
+from tests.proxies.socks import Refused, connect, echo
 from tests.stack import eventually, free_port
 
 DATABASES = "/api/portal/databases"
-PORTS = ("HTTP", "GRPC", "METRICS", "EDGE_METRICS", "POSTGRES", "MARIADB", "CLICKHOUSE")
+PORTS = (
+    *("HTTP", "GRPC", "METRICS", "EDGE_METRICS", "POSTGRES", "MARIADB", "CLICKHOUSE"),
+    *("PROXY", "PROXY_METRICS", "FUNCTIONS_METRICS"),
+)
+HELLO = {
+    "name": "hello",
+    "runtime": "python3",
+    "auth": "public",
+    "source": "def handler(event, context):\n    return 7\n",
+}
 
 # What Python runs before ours, on a machine that has neither chDB nor MariaDB.
 WITHOUT_ENGINES = """\
@@ -303,6 +313,38 @@ async def test_all_engines_are_there(folder: Path) -> None:
         assert all(up.pid_of(name) != pid for name, pid in killed.items())
 
 
+async def test_hosts_are_there(folder: Path) -> None:
+    """A function runs and a proxy lets in; both do again when their hosts were killed (-9)."""
+    async with running(Up(folder / "hosts")) as up, logged_in(up, *up.login()) as rest, echo() as target:
+        assert "Runtimes python3" in up.output
+        region = (await rest.get("/api/portal/regions")).json()[0]
+        assert (set(region["runtimes"]), region["proxies"]) == ({"python3", "nodejs", "wasm"}, True)
+        made = (await rest.post("/api/portal/functions", json=HELLO)).json()
+        proxy = (await rest.post("/api/portal/proxies", json={"name": "office"})).json()
+
+        async def works() -> bool:
+            try:
+                await connect(proxy, target)
+            except Refused as refused:  # it knows us, and leads nobody to this machine
+                return (await rest.get(made["path"])).text == "7" and refused.args == (2,)
+            except (OSError, asyncio.IncompleteReadError):
+                return False
+            return pytest.fail("a proxy leads to this machine")
+
+        await eventually(works)
+        killed = {name: up.pid_of(f"controlplane {name}") for name in ("functions-host", "proxy-host")}
+        for pid in killed.values():
+            os.kill(pid, signal.SIGKILL)
+
+        async def are_others() -> bool:
+            with suppress(AssertionError):
+                return all(up.pid_of(f"controlplane {name}") != pid for name, pid in killed.items())
+            return False
+
+        await eventually(are_others)
+        await eventually(works)
+
+
 async def test_an_engine_that_is_not_installed_is_not_offered(folder: Path, tmp_path: Path) -> None:
     """Without MariaDB and chDB the rest starts; the log says what to install, the API what can be ordered."""
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_ENGINES)
@@ -346,6 +388,9 @@ async def test_it_needs_no_root(folder: Path) -> None:
         await use(up, *up.login(), "analytics")
         async with logged_in(up, *up.login()) as rest:
             await use_others(rest)
+            (region,) = (await rest.get("/api/portal/regions")).json()
+        assert (region["runtimes"], region["proxies"]) == ([], True)
+        assert "none can be run here: " in up.output
         assert up.users() == {65534}
         up.process.send_signal(signal.SIGINT)
         assert await up.end() == 0
