@@ -218,6 +218,7 @@ class House:
         hosts_pb2_grpc.add_FunctionHostServiceServicer_to_server(
             FunctionHostService(
                 store=store,
+                catalog=self.catalog,
                 clock=clock,
                 keys=self.keys,
                 admission=self.admission,

@@ -13,6 +13,7 @@ from sqlmodel import col, select
 from controlplane.access.admission import Admission
 from controlplane.access.uses import Uses
 from controlplane.api.hosts.v1 import hosts_pb2, hosts_pb2_grpc
+from controlplane.catalog.model import Catalog
 from controlplane.clock import Clock
 from controlplane.errors import NotFound, PortalError, RateLimited, Unauthenticated
 from controlplane.events.feed import Feed
@@ -44,6 +45,7 @@ class FunctionHostService(hosts_pb2_grpc.FunctionHostServiceServicer):
         self,
         *,
         store: Store,
+        catalog: Catalog,
         clock: Clock,
         keys: Keys,
         admission: Admission,
@@ -55,6 +57,7 @@ class FunctionHostService(hosts_pb2_grpc.FunctionHostServiceServicer):
         wake: Callable[[], None],
     ) -> None:
         self._store = store
+        self._refused_networks = catalog.proxy_policy.refused_networks
         self._clock = clock
         self._keys = keys
         self._admission = admission
@@ -72,7 +75,11 @@ class FunctionHostService(hosts_pb2_grpc.FunctionHostServiceServicer):
         instance = await self._pulls.start(
             address=request.address, runtimes=list(request.runtimes), network=request.network
         )
-        return hosts_pb2.StartFunctionHostResponse(instance=instance, call_secret=call_secrets(self._keys, instance)[0])
+        return hosts_pb2.StartFunctionHostResponse(
+            instance=instance,
+            call_secret=call_secrets(self._keys, instance)[0],
+            refused_networks=map(str, self._refused_networks),
+        )
 
     async def PullFunctions(
         self, request: hosts_pb2.PullFunctionsRequest, context: Context

@@ -11,8 +11,8 @@ The others need clusters, which `clusters` starts. `provisioning` waits for data
 statements without us, which `bare` records and repeats. `backlog` has the reconciler work off many at once, also by
 `faked`, on a cluster that does nothing. `growth` reads longer and longer tables.
 
-`functions` calls some through a host in its sandbox, and `socks` carries bytes through a proxy, each beside programs that
-do the same without us.
+`functions` calls some through a host in its sandbox, and `socks` carries bytes through a proxy, each beside programs
+that do the same without us.
 """
 
 import os

@@ -287,18 +287,24 @@ class StartFunctionHostResponse(_message.Message):
 
     INSTANCE_FIELD_NUMBER: _builtins.int
     CALL_SECRET_FIELD_NUMBER: _builtins.int
+    REFUSED_NETWORKS_FIELD_NUMBER: _builtins.int
     instance: _builtins.str
     call_secret: _builtins.str
     """What the control plane shows the host when it calls a function for its owner."""
+    @_builtins.property
+    def refused_networks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Networks (CIDR) that no function is let into, besides those that none ever is."""
+
     def __init__(
         self,
         *,
         instance: _builtins.str = ...,
         call_secret: _builtins.str = ...,
+        refused_networks: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_secret", b"call_secret", "instance", b"instance"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_secret", b"call_secret", "instance", b"instance", "refused_networks", b"refused_networks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
