@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 # The field rules are not published as a .proto file, but the validating library carries their descriptor.
 VALIDATE = descriptor_pb2.FileDescriptorProto.FromString(ViolationPb.desc().file.proto.to_binary())
 
-
+_INSIDE = "controlplane.api.hosts."  # what hosts ask, which the edge never sees
 _DEPENDENCIES_OF_HTTPBODY = tuple(file.name for file in httpbody_pb2.DESCRIPTOR.dependencies)
 
 
@@ -131,7 +131,10 @@ def _transcoder_set(contract: descriptor_pb2.FileDescriptorSet) -> descriptor_pb
     """
     first = (*_DEPENDENCIES_OF_HTTPBODY, httpbody_pb2.DESCRIPTOR.name)  # Envoy reads the files in their order
     made = descriptor_pb2.FileDescriptorSet(
-        file=sorted(contract.file, key=lambda file: first.index(file.name) if file.name in first else len(first))
+        file=sorted(
+            (file for file in contract.file if not file.package.startswith(_INSIDE)),
+            key=lambda file: first.index(file.name) if file.name in first else len(first),
+        )
     )
     for file in made.file:
         file.ClearField("source_code_info")
