@@ -225,6 +225,8 @@ class RateLimited(PortalError):
 class TooManyCalls(RateLimited):
     """The function runs as many calls as it may."""
 
+    code = "too_many_calls"
+
     def __init__(self, sentence: str, *, retry_after: int) -> None:
         PortalError.__init__(self, sentence)
         self.retry_after = retry_after

@@ -93,7 +93,7 @@ async def test_a_handler_that_fails(host: PlayedHost, customer: Customer, door: 
     ("status", "code", "sentence"),
     [
         (413, "too_large", "The request is too large: at most 6291456 bytes are accepted."),
-        (429, "rate_limited", "All 10 workers are busy."),
+        (429, "too_many_calls", "All 10 workers are busy."),
         (504, "timeout", "The function did not answer within 10 seconds."),
         (503, "unavailable", "The service cannot answer right now. Retry in a moment."),
         (404, "unavailable", "The service cannot answer right now. Retry in a moment."),
@@ -108,7 +108,7 @@ async def test_what_a_host_refuses(  # noqa: PLR0917 - pytest passes them by nam
     host.answer = answers(status, refusal(sentence), retry_after="7")
     answer = await door.call("InvokeFunction", {"name": "thumbnails"}, authorization=f"Bearer {customer.token}")
     assert (answer.code, answer.sentence) == (code, sentence)
-    if code == "rate_limited":
+    if code == "too_many_calls":
         assert answer.headers["retry-after"] == "7"
 
 
