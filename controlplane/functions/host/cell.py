@@ -13,6 +13,7 @@ from pathlib import Path
 import structlog
 
 from controlplane.functions.host.cgroups import Group
+from controlplane.functions.host.network import Network
 
 MB = 1 << 20
 _OPEN_FILES = 1024
@@ -42,18 +43,24 @@ class Confined:
     folder: str  # where it starts
     mounts: Mapping[str, Path]  # the machine's path by the path within; all of them read-only
     memory_mb: int
+    network: bool = False  # whether it gets into the internet
 
 
 class Cell:
     """A running process in the sandbox, and whatever it has started."""
 
-    def __init__(self, process: asyncio.subprocess.Process, group: Group, *, uid: int) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, group: Group, *, uid: int, network: Network | None = None
+    ) -> None:
         self.uid = uid
         self.group = group
         self.is_out_of_memory = False
         self._process = process
+        self._network = network
         self._peak = 0
         self.ended = asyncio.create_task(self._clean_up())  # done when nothing of it is there any more
+        if network:
+            network.ended.add_done_callback(lambda _: self.kill())  # another worker then gets another network
 
     @property
     def status(self) -> int | None:
@@ -77,6 +84,8 @@ class Cell:
         self.memory_peak()
         self.is_out_of_memory = self.group.oom_kills() > 0
         await remove(self.group)
+        if self._network:
+            await self._network.ended
 
 
 async def launch(
@@ -85,6 +94,7 @@ async def launch(
     programs: Mapping[str, str],
     group: Group,
     uid: int,
+    network: Network | None,
     filter_file: Path,
     channel: socket.socket,
     stdout: int,
@@ -94,6 +104,7 @@ async def launch(
     with _handed_on(os.open(filter_file, os.O_RDONLY)) as calls:
         process = await asyncio.create_subprocess_exec(
             *(programs["sh"], "-c", _LAUNCH, "launch", *map(str, group.entrances), "--"),
+            *((programs["nsenter"], f"--net={network.path}") if network else ()),
             # With 0 the kernel would still start the program, as root, that a machine may have for core dumps.
             *(programs["prlimit"], "--core=1:1", f"--nofile={_OPEN_FILES}:{_OPEN_FILES}"),
             *(f"--fsize={_LARGEST_TMP}:{_LARGEST_TMP}", "--msgqueue=0:0"),
@@ -109,7 +120,7 @@ async def launch(
             cwd="/",
             start_new_session=True,  # Ctrl-C is for us
         )
-    return Cell(process, group, uid=uid)
+    return Cell(process, group, uid=uid, network=network)
 
 
 async def remove(group: Group) -> None:
@@ -124,6 +135,8 @@ async def remove(group: Group) -> None:
 
 def _bubblewrap(confined: Confined) -> Iterator[str]:
     yield from ("--unshare-all", "--unshare-user", "--unshare-cgroup", "--uid", "65534", "--gid", "65534")
+    if confined.network:  # it has joined one
+        yield "--share-net"
     yield from ("--hostname", "function", "--cap-drop", "ALL", "--die-with-parent", "--new-session")
     for within, path in sorted(confined.mounts.items()):
         yield from ("--ro-bind", str(path), within)

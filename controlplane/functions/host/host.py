@@ -15,6 +15,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
+from ipaddress import ip_network
 from pathlib import Path
 
 import structlog
@@ -139,6 +140,7 @@ class FunctionHost:
         answer = await self._control.StartFunctionHost(request, metadata=self._link.metadata, timeout=_PATIENCE)
         self._instance = answer.instance
         self._calls.call_secret = answer.call_secret
+        self._sandbox.refused_networks = tuple(map(ip_network, answer.refused_networks))
         self._held = set()
         self._logs.restart()
 

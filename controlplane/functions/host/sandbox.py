@@ -1,7 +1,8 @@
 """The sandbox in which customers' functions run: bubblewrap, a list of system calls, control groups, a user per tenant.
 
 A cell is one process, and whatever it starts, in namespaces of its own: it sees its code, its runtime and a small
-/tmp; no network, no other process, nothing of the machine's. Where any of this cannot be enforced, nothing is run.
+/tmp; no other process, nothing of the machine's, and no network unless it is to have one (`network.py`). Where any of
+this cannot be enforced, nothing is run.
 """
 
 import asyncio
@@ -14,18 +15,24 @@ import socket
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from subprocess import CalledProcessError
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
+import structlog
+
+from controlplane.access.caller import Network as Refused
 from controlplane.functions.host.cell import MB, Cell, Confined, launch, remove
 from controlplane.functions.host.cgroups import CgroupsUnavailable, Groups, Limits
 from controlplane.functions.host.machine import PROGRAMS, look_at_folder, look_at_machine, look_at_uids
+from controlplane.functions.host.network import NAMESERVER, Network, look_at_network
+from controlplane.functions.host.network import PROGRAMS as NETWORK_PROGRAMS
 from controlplane.functions.host.runtimes import Name, Runtime, find_runtimes
 from controlplane.functions.host.seccomp import NoSeccomp, make_filter
 
-PROCESSES = 128  # of a cell, threads counted; three of them are bubblewrap's
+PROCESSES = 128  # of a cell, threads counted; three of them are bubblewrap's, one the network's
 CORES = 1.0
 
 _SYSTEM_FOLDERS = "/usr/bin:/usr/sbin:/bin:/sbin"
@@ -35,9 +42,19 @@ _ETC = {
     "hosts": "127.0.0.1 localhost\n",
     "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
 }
+_ETC_WITH_NETWORK = {
+    **_ETC,
+    "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
+    "resolv.conf": f"nameserver {NAMESERVER}\n",
+}
+# Whom to trust, of the package ca-certificates, where OpenSSL looks by itself.
+_CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+_CERTIFICATES_WITHIN = "/usr/lib/ssl/cert.pem"
 
 _PROBE_MB = 64
 _PROBE_SECONDS = 20.0
+
+_log = structlog.get_logger("functions")
 
 
 class SandboxUnavailable(Exception):
@@ -51,10 +68,9 @@ class SandboxUnavailable(Exception):
 class Sandbox:
     """What this machine has to run functions with: one for each host and its folder. Made by `open()`.
 
-    A cell reaches no network at all: `network` says so, for whoever has to refuse a function that wants one.
+    `network` is whether cells can get into the internet, for whoever has to refuse a function that wants to.
+    `refused_networks` are the provider's own, where cells that are started from now on do not get.
     """
-
-    network: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -65,28 +81,33 @@ class Sandbox:
         programs: Mapping[str, str],
         runtimes: Mapping[Name, Runtime],
         lock: int,
+        network: bool,
+        refused_networks: Sequence[Refused],
     ) -> None:
         self.runtimes = runtimes
+        self.network = network
+        self.refused_networks = refused_networks
         self._folder = folder
         self._uids = uids
         self._groups = groups
         self._programs = programs
         self._lock = lock
         self._number = 0
-        self._uid_of: dict[str, int] = {}  # of tenants that have cells
+        self._uid_of: dict[str, int] = {}  # of tenants that have cells, and of their networks
         self._cells_of: Counter[str] = Counter()
         self._cells: set[Cell] = set()
 
     @classmethod
-    def open(cls, folder: Path, uids: range) -> Self:
+    def open(cls, folder: Path, uids: range, *, refused_networks: Sequence[Refused] = ()) -> Self:
         """Get everything ready, and end what a host of this folder that was killed has left behind.
 
-        Every tenant with a running function has one of `uids`, which must be nobody else's on this machine, another
-        host's neither. The code of functions lies below `folder`, which every user must be able to pass through.
+        Every tenant with a running function has one of `uids`, and a second one for its networks; they must be nobody
+        else's on this machine, another host's neither. The code of functions lies below `folder`, which every user must
+        be able to pass through.
         Blocks for a moment. Raises SandboxUnavailable.
         """
         folder = folder.resolve()
-        programs = {name: shutil.which(name, path=_SYSTEM_FOLDERS) or "" for name in PROGRAMS}
+        programs = {name: shutil.which(name, path=_SYSTEM_FOLDERS) or "" for name in (*PROGRAMS, *NETWORK_PROGRAMS)}
         problems = [*look_at_machine(programs), *look_at_uids(uids)]
         if os.geteuid() != 0:  # so nothing else can be found out either
             raise SandboxUnavailable(problems)
@@ -109,9 +130,22 @@ class Sandbox:
         except CgroupsUnavailable as error:
             problems.append(str(error))
         if groups is None or problems:
+            if groups is not None:
+                groups.close()
             os.close(lock)
             raise SandboxUnavailable(problems)
-        return cls(folder=folder, uids=uids, groups=groups, programs=programs, runtimes=runtimes, lock=lock)
+        if no_network := list(look_at_network(programs, uids.start)):
+            _log.info("functions get no network", why=no_network)
+        return cls(
+            folder=folder,
+            uids=uids,
+            groups=groups,
+            programs=programs,
+            runtimes=runtimes,
+            lock=lock,
+            network=not no_network,
+            refused_networks=refused_networks,
+        )
 
     async def check(self) -> list[str]:
         """Try it: have a process in a cell look around, look at it from outside; return what is not as it must be."""
@@ -148,31 +182,40 @@ class Sandbox:
 
     async def start(self, confined: Confined, *, channel: socket.socket, stdout: int, stderr: int) -> Cell:
         """Start a process; `channel` becomes its descriptor 3. Raises SandboxUnavailable."""
-        uid = self._take_uid(confined.tenant)
         self._number += 1
         group = self._groups.group(str(self._number))
-        mounts = {**confined.mounts, "/etc": self._folder / "etc"}
-        try:
-            group.make(Limits(memory_bytes=confined.memory_mb * MB, processes=PROCESSES))
-            group.set_cores(CORES)
-            cell = await launch(
-                replace(confined, mounts=mounts),
-                programs=self._programs,
-                group=group,
-                uid=uid,
-                filter_file=self._folder / "calls.bpf",
-                channel=channel,
-                stdout=stdout,
-                stderr=stderr,
-            )
-        except BaseException as error:
-            await remove(group)
-            self._give_back_uid(confined.tenant)
-            if isinstance(error, OSError):
-                raise SandboxUnavailable([f"A process in the sandbox cannot be started: {error}."]) from error
-            raise
+        with ExitStack() as begun:
+            uid = self._take_uid(confined.tenant, begun)
+            network = None
+            try:
+                group.make(Limits(memory_bytes=confined.memory_mb * MB, processes=PROCESSES))
+                group.set_cores(CORES)
+                if confined.network:
+                    network = await Network.open(
+                        programs=self._programs,
+                        group=group,
+                        uid=self._take_uid(f"{confined.tenant}'s networks", begun),
+                        refused=self.refused_networks,
+                    )
+                cell = await launch(
+                    replace(confined, mounts={**confined.mounts, **self._mounts(network=confined.network)}),
+                    programs=self._programs,
+                    group=group,
+                    uid=uid,
+                    network=network,
+                    filter_file=self._folder / "calls.bpf",
+                    channel=channel,
+                    stdout=stdout,
+                    stderr=stderr,
+                )
+            except BaseException as error:
+                await remove(group)
+                if isinstance(error, OSError):
+                    raise SandboxUnavailable([f"A process in the sandbox cannot be started: {error}."]) from error
+                raise
+            taken = begun.pop_all()
         self._cells.add(cell)
-        cell.ended.add_done_callback(lambda _: self._see_off(cell, confined.tenant))
+        cell.ended.add_done_callback(lambda _: self._see_off(cell, taken))
         return cell
 
     async def close(self) -> None:
@@ -186,25 +229,32 @@ class Sandbox:
         os.close(self._lock)
         self._lock = -1
 
-    def _see_off(self, cell: Cell, tenant: str) -> None:
-        self._cells.discard(cell)
-        self._give_back_uid(tenant)
+    def _mounts(self, *, network: bool) -> dict[str, Path]:
+        if not network:
+            return {"/etc": self._folder / "etc"}
+        trust = {_CERTIFICATES_WITHIN: _CERTIFICATES} if _CERTIFICATES.exists() else {}
+        return {"/etc": self._folder / "etc-with-network", **trust}
 
-    def _take_uid(self, tenant: str) -> int:
-        """Return the tenant's uid; it is nobody else's until the last cell that took it is gone."""
-        if tenant not in self._uid_of:
-            taken = set(self._uid_of.values())
-            uid = next((each for each in self._uids if each not in taken), None)
+    def _see_off(self, cell: Cell, taken: ExitStack) -> None:
+        self._cells.discard(cell)
+        taken.close()
+
+    def _take_uid(self, name: str, taken: ExitStack) -> int:
+        """Return the uid of a tenant, or of its networks; it is nobody else's until all who took it have closed."""
+        if name not in self._uid_of:
+            in_use = set(self._uid_of.values())
+            uid = next((each for each in self._uids if each not in in_use), None)
             if uid is None:
                 raise SandboxUnavailable([f"All {len(self._uids)} users for functions are in use: allow for more."])
-            self._uid_of[tenant] = uid
-        self._cells_of[tenant] += 1
-        return self._uid_of[tenant]
+            self._uid_of[name] = uid
+        self._cells_of[name] += 1
+        taken.callback(self._give_back_uid, name)
+        return self._uid_of[name]
 
-    def _give_back_uid(self, tenant: str) -> None:
-        self._cells_of[tenant] -= 1
-        if not self._cells_of[tenant]:
-            del self._cells_of[tenant], self._uid_of[tenant]
+    def _give_back_uid(self, name: str) -> None:
+        self._cells_of[name] -= 1
+        if not self._cells_of[name]:
+            del self._cells_of[name], self._uid_of[name]
 
 
 def _lock(folder: Path) -> int:
@@ -220,12 +270,12 @@ def _lock(folder: Path) -> int:
 
 def _furnish(folder: Path) -> dict[Name, Runtime]:
     """Put into the folder what cells need, and return the runtimes."""
-    etc = folder / "etc"
-    etc.mkdir(exist_ok=True)
-    etc.chmod(0o755)
-    for name, text in _ETC.items():
-        (etc / name).write_text(text)
-        (etc / name).chmod(0o644)
+    for etc, files in ((folder / "etc", _ETC), (folder / "etc-with-network", _ETC_WITH_NETWORK)):
+        etc.mkdir(exist_ok=True)
+        etc.chmod(0o755)
+        for name, text in files.items():
+            (etc / name).write_text(text)
+            (etc / name).chmod(0o644)
     (folder / "calls.bpf").write_bytes(make_filter())
     return find_runtimes(folder)
 

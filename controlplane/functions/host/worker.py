@@ -289,6 +289,7 @@ def _confine(program: Program, runtime: Runtime) -> Confined:
         folder="/code",
         mounts={**runtime.mounts, "/code": program.folder},
         memory_mb=program.memory_mb,
+        network=program.allow_network,
     )
 
 

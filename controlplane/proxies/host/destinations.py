@@ -6,26 +6,11 @@ import re
 import socket
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 
 from controlplane.access.caller import Address, Network
+from controlplane.hosts.refused import MAIL, REFUSED
 
-_MAIL = 25  # from where most spam would be sent
-# What is_global has as public, in one version of Python or another, and is none of a customer's destinations.
-_REFUSED = tuple(
-    ip_network(text)
-    for text in (
-        "192.0.0.0/24",  # protocol assignments (RFC 6890); Oracle's metadata service is in it
-        "192.88.99.0/24",  # relays of 6to4 (RFC 7526)
-        "224.0.0.0/4",  # multicast (RFC 5771): some of it is called global
-        "240.0.0.0/4",  # reserved (RFC 1112), and broadcast (RFC 919)
-        "168.63.129.16/32",  # Azure's host agent, at a public address
-        "2001::/23",  # protocol assignments (RFC 2928): Teredo (RFC 4380), ORCHID (RFC 7343), benchmarks (RFC 5180)
-        "2001:db8::/32",  # documentation (RFC 3849)
-        "2002::/16",  # 6to4 (RFC 3056): IPv4 addresses, reached through relays that are no more (RFC 7526)
-        "3fff::/20",  # documentation (RFC 9637)
-    )
-)
 # All of IPv6 that is given to anybody (RFC 4291, 2.4). Outside of it are, among others: loopback, unspecified and
 # IPv4-compatible addresses (::/96), IPv4-translated ones (RFC 2765), NAT64 for local use (RFC 8215), discard-only
 # (RFC 6666), segment ids (RFC 9602), unique local (RFC 4193), link-local, site-local (RFC 3879), and multicast.
@@ -60,7 +45,7 @@ class Destinations:
         self,
         *,
         refused_networks: Iterable[Network] = (),
-        refused_ports: Collection[int] = (_MAIL,),
+        refused_ports: Collection[int] = (MAIL,),
         allowed_networks: Iterable[Network] = (),
     ) -> None:
         self._refused_networks = tuple(refused_networks)
@@ -130,7 +115,7 @@ class Destinations:
             return self._is_refused(IPv4Address(int(address) & 0xFFFFFFFF))
         if isinstance(address, IPv6Address) and address not in _UNICAST:
             return True
-        return not address.is_global or _is_in(address, _REFUSED) or _is_ours(address)
+        return _is_in(address, REFUSED) or _is_ours(address)
 
 
 def _addresses(name: bytes) -> list[Address]:
