@@ -5,10 +5,9 @@ import json
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from zlib import crc32
 
-import httpx2
 import structlog
 from google.protobuf.struct_pb2 import NULL_VALUE, Struct, Value
 
@@ -19,6 +18,9 @@ from controlplane.functions.model import Function
 from controlplane.hosts.model import FUNCTIONS, Host, live_hosts
 from controlplane.keys import Keys
 from controlplane.sql import Store
+
+if TYPE_CHECKING:
+    import httpx2
 
 MOST_BYTES = 6 * 1024 * 1024  # of an event, as the contract has it
 _OK, _BROKEN, _TOO_LARGE, _TOO_MANY, _TIMEOUT = 200, 502, 413, 429, 504
@@ -72,11 +74,13 @@ class Invocations:
         for client in self._clients.values():
             await client.aclose()
 
-    async def _ask(self, host: Host, function: Function, body: bytes, request_id: str) -> httpx2.Response | None:
+    async def _ask(self, host: Host, function: Function, body: bytes, request_id: str) -> "httpx2.Response | None":
         """Return a host's answer; None if it has not taken the call, so that another may be asked.
 
         Raises Unavailable where the call may have been taken, and nobody knows how it ended.
         """
+        import httpx2  # noqa: PLC0415 - memory that a server need not have before somebody calls a function
+
         limits = httpx2.Timeout(_PATIENCE, read=function.timeout_ms / 1000 + _PATIENCE, pool=None)
         for secret in call_secrets(self._keys, host.instance or ""):
             headers = {"content-type": "application/json", "x-htx-call-secret": secret, "x-request-id": request_id}
@@ -95,7 +99,9 @@ class Invocations:
                 return answer
         return None  # it does not know the function yet, or its secret was made by a key that is gone
 
-    def _client(self, address: str) -> httpx2.AsyncClient:
+    def _client(self, address: str) -> "httpx2.AsyncClient":
+        import httpx2  # noqa: PLC0415 - as above
+
         client = self._clients.get(address)
         if client is None:
             path = address.removeprefix("unix:")
@@ -111,7 +117,7 @@ class Invocations:
         return client
 
 
-def _read(answer: httpx2.Response, function: Function, request_id: str) -> functions_pb2.Invocation:
+def _read(answer: "httpx2.Response", function: Function, request_id: str) -> functions_pb2.Invocation:
     """Return what a host's answer says.
 
     Raises the error that it stands for.

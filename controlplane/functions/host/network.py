@@ -104,22 +104,32 @@ def look_at_network(programs: Mapping[str, str], uid: int) -> Iterator[str]:
     missing = [name for name in _PACKAGES if not programs.get(name)]
     for name in missing:
         yield f"There is no {name}: apt-get install {_PACKAGES[name]}."
-    if not missing and (reason := _try(programs, uid)):
-        yield f"No network can be made for functions: {reason}."
+    if not missing:
+        try:
+            _try(programs, uid)
+        except (OSError, subprocess.SubprocessError) as error:
+            yield f"No network can be made for functions: {error}."
 
 
-def _try(programs: Mapping[str, str], uid: int) -> str:
-    """Return why it does not work, or nothing."""
+def _try(programs: Mapping[str, str], uid: int) -> None:
+    """Make a network and end it; raises OSError, or SubprocessError."""
     holding = _holding(programs, uid, ())
     with subprocess.Popen(holding, stdin=PIPE, stdout=PIPE, stderr=PIPE, env={}, cwd="/") as holder:
         assert holder.stdout is not None  # noqa: S101 - it is a pipe
         assert holder.stderr is not None  # noqa: S101 - likewise
         if not holder.stdout.readline():
-            return holder.stderr.read().decode(errors="replace").strip()
-        # It ends as soon as it is ready: its input is over.
-        connecting = _connecting(programs, uid, holder.pid)
-        slirp = subprocess.run(connecting, input=b"", capture_output=True, env={}, cwd="/", check=False)
-        return "" if slirp.stdout == b"1" else slirp.stderr.decode(errors="replace").strip()
+            raise OSError(f"its rules do not hold ({holder.stderr.read().decode(errors='replace').strip()})")
+        slirp = subprocess.run(
+            _connecting(programs, uid, holder.pid),
+            input=b"",  # it ends as soon as it is ready
+            capture_output=True,
+            timeout=_SECONDS_TO_START,
+            env={},
+            cwd="/",
+            check=False,
+        )
+        if slirp.stdout != b"1":
+            raise OSError(f"slirp4netns does not start ({slirp.stderr.decode(errors='replace').strip()})")
 
 
 def _holding(programs: Mapping[str, str], uid: int, refused: Iterable[Refused]) -> Sequence[str]:

@@ -7,7 +7,7 @@ import socket
 import time
 import warnings
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -29,6 +29,18 @@ from tests.databases.engines.wire_compatible import (  # noqa: F401
     target_fixture,
     tenant_fixture,
 )
+
+
+@pytest.fixture(autouse=True)
+def _sockets_left_open() -> Iterator[None]:
+    """Have pymongo's forgotten sockets collected here: it closes none whose connect its own `close` cancels.
+
+    That is when it tries again, every half second, just as its patience is over (PYTHON-5867).
+    """
+    yield
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"unclosed <socket\.socket .*laddr=\('127\.0\.0\.1', ", ResourceWarning)
+        gc.collect()
 
 
 async def test_use(cluster: Cluster, new: Callable[[], Target]) -> None:
@@ -246,7 +258,7 @@ async def test_crash_anywhere(
     cluster: Cluster, admin: Client, new: Callable[[], Target], monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     """After a crash behind any of its commands, an apply or a drop finishes what was begun."""
-    monkeypatch.setattr("controlplane.databases.engines.mongodb._CONNECT_TIMEOUT", 0.3)
+    monkeypatch.setattr("controlplane.databases.engines.mongodb._CONNECT_TIMEOUT", 1.0)
 
     async def act(target: Target, engine: MongoDB) -> None:
         await (engine.drop(target.name) if case == "drop" else engine.apply(target))
@@ -351,7 +363,7 @@ async def test_no_password_in_logs(
 async def test_unreachable() -> None:
     """A cluster that refuses connections, or is silent, is soon unavailable, and the sentence tells not where it is."""
     for listens in (False, True):
-        with _sockets_left_open(), socket.socket() as nobody:
+        with socket.socket() as nobody:
             nobody.bind(("127.0.0.1", 0))
             if listens:
                 nobody.listen()
@@ -361,21 +373,6 @@ async def test_unreachable() -> None:
                 await engine.drop("db_1")
             assert time.monotonic() - begin < 5
             assert str(failure.value) == "The database cluster is not available at the moment; try again later."
-            del failure  # which has the client
-
-
-@contextmanager
-def _sockets_left_open() -> Iterator[None]:
-    """Have pymongo's forgotten sockets collected here: it closes none whose connect its own `close` cancels.
-
-    That is when it tries again, every half second, just as its three seconds are over (PYTHON-5867).
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", r"unclosed <socket\.socket .*laddr=\('127\.0\.0\.1', \d+\)>$", ResourceWarning
-        )
-        yield
-        gc.collect()
 
 
 async def test_wrong_admin_password(cluster: Cluster) -> None:

@@ -10,7 +10,7 @@ import socket
 import ssl
 import sys
 from asyncio.subprocess import PIPE
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from ipaddress import ip_network
 from pathlib import Path
@@ -68,6 +68,15 @@ async def workshop(folder: Path, internet: Internet) -> AsyncIterator[Workshop]:
     async with open_workshop(folder) as workshop:
         assert workshop.sandbox.network
         yield workshop
+
+
+@pytest.fixture
+def programs(folder: Path) -> Iterator[Path]:
+    """A folder for programs, open to every user."""
+    made = folder / "programs"
+    made.mkdir(mode=0o755)
+    yield made
+    shutil.rmtree(made)
 
 
 @pytest.fixture
@@ -276,11 +285,9 @@ async def test_host_is_killed(folder: Path, internet: Internet) -> None:
     await Sandbox.open(place, _UIDS).close()
 
 
-async def test_what_is_missing_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_missing_is_named(folder: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where slirp4netns is missing, who wants a network is refused, and the log says what to install."""
-    for each in ("sh", "bwrap", "setpriv", "prlimit", "nft", "unshare", "nsenter"):
-        (tmp_path / each).symlink_to(shutil.which(each) or "")
-    monkeypatch.setattr(the_sandbox, "_SYSTEM_FOLDERS", str(tmp_path))
+    _only(programs, monkeypatch)
     with capture_logs() as logs:
         async with open_workshop(folder) as workshop:
             assert not workshop.sandbox.network
@@ -290,6 +297,27 @@ async def test_what_is_missing_is_named(folder: Path, tmp_path: Path, monkeypatc
                 async with _function(workshop, "reach"):
                     pass
     assert ["There is no slirp4netns: apt-get install slirp4netns."] in [each.get("why") for each in logs]
+
+
+@pytest.mark.parametrize("broken", ["", "nft", "slirp4netns"])
+async def test_what_does_not_work_is_not_offered(
+    folder: Path, programs: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    """Where a program is there and fails, even without a word, nobody is offered a network."""
+    _only(programs, monkeypatch)
+    (programs / "slirp4netns").symlink_to(shutil.which("slirp4netns") or "")
+    if broken:
+        (programs / broken).unlink()
+        (programs / broken).symlink_to("/bin/false")
+    async with open_workshop(folder) as workshop:
+        assert workshop.sandbox.network == (not broken)
+
+
+def _only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the machine have only the programs in a folder: all that are needed but for slirp4netns."""
+    for name in ("sh", "bwrap", "setpriv", "prlimit", "nft", "unshare", "nsenter"):
+        (folder / name).symlink_to(shutil.which(name) or "")
+    monkeypatch.setattr(the_sandbox, "_SYSTEM_FOLDERS", str(folder))
 
 
 def _program(pid: int) -> str:
