@@ -32,6 +32,7 @@ REASONS: dict[str, tuple[int, StatusCode, set[str]]] = {
     "unsupported_media_type": (415, StatusCode.UNIMPLEMENTED, set()),
     "idempotency_mismatch": (422, StatusCode.FAILED_PRECONDITION, set()),
     "rate_limited": (429, StatusCode.RESOURCE_EXHAUSTED, {"RetryInfo"}),
+    "too_many_calls": (429, StatusCode.RESOURCE_EXHAUSTED, {"RetryInfo"}),
     "headers_too_large": (431, StatusCode.RESOURCE_EXHAUSTED, set()),
     "unavailable": (503, StatusCode.UNAVAILABLE, {"RetryInfo"}),
     "timeout": (504, StatusCode.DEADLINE_EXCEEDED, set()),

@@ -12,7 +12,7 @@ import pytest
 from controlplane.functions.host.machine import PROGRAMS as NEEDED
 from controlplane.functions.host.machine import look_at_machine
 from controlplane.functions.host.sandbox import Sandbox, SandboxUnavailable
-from controlplane.functions.host.worker import StartFailed, Worker
+from controlplane.functions.host.worker import Worker
 from tests.functions.host.workshop import PROGRAMS, Workshop, all_ended, open_workshop
 
 _ECHO = "def handler(event, context): return event"
@@ -103,14 +103,6 @@ async def test_no_uid_left(folder: Path) -> None:
                 assert await function.call(1) == 1
     finally:
         await sandbox.close()
-
-
-async def test_no_network_offered(workshop: Workshop) -> None:
-    """A function that wants a network is refused, and not run without."""
-    assert not workshop.sandbox.network
-    with pytest.raises(StartFailed, match="offers no network"):
-        async with workshop.running(_ECHO, allow_network=True):
-            pass
 
 
 async def test_close(folder: Path) -> None:
