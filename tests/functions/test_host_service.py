@@ -7,8 +7,10 @@ from typing import Any
 
 import grpc
 import pytest
+from sqlmodel import col, update
 
 from controlplane.api.hosts.v1 import hosts_pb2
+from controlplane.functions.model import FunctionVersion
 from tests.functions.orders import FUNCTIONS, SOURCE, create, ready, versions_of, zipped
 from tests.functions.played import PlayedHost, line, played_host
 from tests.stack import Customer, Stack, eventually
@@ -110,6 +112,20 @@ async def test_pages_stay_small(asking: PlayedHost, customer: Customer) -> None:
     assert [function.id for page in pages for function in page.functions] == made
     for name in names:
         await customer.call("DELETE", f"{FUNCTIONS}/{name}")  # so that no other host has to be told them
+
+
+async def test_what_cannot_be_opened_keeps_nothing_else_back(
+    asking: PlayedHost, stack: Stack, customer: Customer
+) -> None:
+    """A function whose variables no key opens is not held, and all others of its region are."""
+    broken, whole = [await create(customer, name=name, env={"KEY": "value"}) for name in ("broken", "whole")]
+    async with stack.server.store.session() as session:
+        of_broken = update(FunctionVersion).where(col(FunctionVersion.function_id) == broken["id"])
+        await session.execute(of_broken.values(env_sealed=stack.server.keys.encrypt(b"{}", bound_to="another")))
+        await session.commit()
+    pulled = {function.id: function for function in (await asking.pull()).functions}
+    assert pulled[broken["id"]].removed
+    assert pulled[whole["id"]].building.env == {"KEY": "value"}
 
 
 async def test_a_host_gets_only_what_it_can_run(stack: Stack, folder: Path, customer: Customer) -> None:
