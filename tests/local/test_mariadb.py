@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -226,8 +226,12 @@ async def test_leftover_server(home: Path, port: int) -> None:
         stderr=subprocess.DEVNULL,
     )
 
-    async def runs() -> bool:
-        return (data / "pid").exists()
+    async def runs() -> bool:  # and greets whoever comes: before that it may overlook a signal
+        with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
+            probe.settimeout(1)
+            probe.connect(str(data / "socket"))
+            return bool(probe.recv(5))
+        return False
 
     await eventually(runs)
     reaper = asyncio.create_task(asyncio.to_thread(old.wait))
