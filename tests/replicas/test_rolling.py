@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import signal
 import sys
 import time
@@ -151,19 +152,25 @@ class Site:
 
         await eventually(are_released, seconds=20)
 
-    async def had_begun(self, request_id: str) -> bool:
-        """Tell, from the edge's log, whether a server had begun to answer when it was lost."""
+    async def logged(self, request_id: str) -> str:
+        """Return what the edge wrote down about a request."""
 
         async def line() -> str:
-            lines = (self.edge.data_dir / "access.log").read_text().splitlines()
-            return next((line for line in lines if request_id in line), "")
+            return next((line for line in self._log() if request_id in line), "")
 
-        return "upstream_reset_after_response_started" in await eventually(line)
+        return await eventually(line)
+
+    def retried(self) -> list[str]:
+        """Return what the edge wrote down about requests that it sent more than once, for whoever asks why."""
+        return [line for line in self._log() if json.loads(line)["attempts"] > 1]
 
     async def count(self, name: str) -> int:
         """Return one of the numbers that the edge keeps about its servers."""
         answer = await self._admin.get(f"/stats?filter=^cluster.server.{name}$")
         return int(answer.text.rpartition(":")[2])
+
+    def _log(self) -> list[str]:
+        return (self.edge.data_dir / "access.log").read_text().splitlines()
 
     async def _all_are_healthy(self) -> bool:
         """Tell whether the edge sees as many healthy servers as run."""
@@ -343,7 +350,8 @@ async def test_a_killed_server_costs_only_what_it_was_writing(site: Site) -> Non
     assert [failure for failure in load.failures if failure.began > killed + SOON] == []
     assert {failure.said for failure in load.failures} <= {"503 unavailable", str(grpc.StatusCode.UNAVAILABLE)}
     for failure in load.failures:
-        assert failure.kind != "read" or await site.had_begun(failure.request_id)
+        log = await site.logged(failure.request_id)
+        assert failure.kind != "read" or "upstream_reset_after_response_started" in log, log
     await load.check_acknowledged()
 
 
@@ -360,7 +368,7 @@ async def test_a_rolling_restart_fails_no_request(site: Site) -> None:
             await site.released(held)
     assert load.failures == []
     # The edge saw each stop before it sent something to a server that refused it: a few of those cannot be sent again.
-    assert await site.count("upstream_rq_retry") == retries
+    assert await site.count("upstream_rq_retry") == retries, site.retried()
     # After the first stop all of them wait at the other server, and then go to and fro.
     assert load.sent_away >= WAITING * (len(RESTARTED) - 1)
     await load.check_acknowledged()
