@@ -43,6 +43,9 @@ _SYSTEM_NAMES = {"admin", "config", "local", _OURS}
 _MECHANISM = "SCRAM-SHA-256"
 
 _CONNECT_TIMEOUT = 3.0
+# For longer than that. Not for as long: pymongo tries to connect each half second, and forgets the socket of a try that
+# its end cuts off (PYTHON-5867).
+_SELECTION_EXTRA = 0.25
 _STATEMENT_TIMEOUT = 10.0
 _DATA_TIMEOUT = 300.0  # to build one index, or read one batch
 _SESSIONS_TIMEOUT = 5.0
@@ -198,7 +201,7 @@ class MongoDB:
                 self._url,
                 appname="controlplane",
                 maxPoolSize=2,
-                serverSelectionTimeoutMS=int(_CONNECT_TIMEOUT * 1000),
+                serverSelectionTimeoutMS=int((_CONNECT_TIMEOUT + _SELECTION_EXTRA) * 1000),
                 connectTimeoutMS=int(_CONNECT_TIMEOUT * 1000),
                 socketTimeoutMS=int(answers_within * 1000),
                 # Whoever called us tries again, after looking at what is there.
