@@ -182,7 +182,7 @@ class House:
         )
 
     def _add_databases(self, server: grpc.aio.Server) -> None:
-        store, clock, catalog, wake = self.store, self.clock, self.catalog, self.reconciler.wake
+        store, clock, catalog, reconciler = self.store, self.clock, self.catalog, self.reconciler
         orders = DatabaseOrders(store=store, catalog=catalog, keys=self.keys, clock=clock)
         databases_pb2_grpc.add_DatabaseServiceServicer_to_server(
             DatabaseService(
@@ -192,16 +192,16 @@ class House:
                 clock=clock,
                 engines=self.engines,
                 orders=orders,
-                wake=wake,
+                reconciler=reconciler,
             ),
             server,
         )
         backups_pb2_grpc.add_BackupServiceServicer_to_server(
-            BackupService(store=store, catalog=catalog, clock=clock, orders=orders, wake=wake), server
+            BackupService(store=store, catalog=catalog, clock=clock, orders=orders, reconciler=reconciler), server
         )
 
     def _add_functions(self, server: grpc.aio.Server) -> None:
-        store, clock, wake = self.store, self.clock, self.reconciler.wake
+        store, clock, reconciler = self.store, self.clock, self.reconciler
         versions = Versions(keys=self.keys, clock=clock)
         functions_pb2_grpc.add_FunctionServiceServicer_to_server(
             FunctionService(
@@ -211,7 +211,7 @@ class House:
                 function_logs=self.function_logs,
                 invocations=self.invocations,
                 pulls=self.pulls,
-                wake=wake,
+                reconciler=reconciler,
             ),
             server,
         )
@@ -227,15 +227,15 @@ class House:
                 function_logs=self.function_logs,
                 feed=self.feed,
                 pulls=self.pulls,
-                wake=wake,
+                wake=reconciler.wake,
             ),
             server,
         )
 
     def _add_proxies(self, server: grpc.aio.Server) -> None:
-        store, clock, catalog, wake = self.store, self.clock, self.catalog, self.reconciler.wake
+        store, clock, catalog, reconciler = self.store, self.clock, self.catalog, self.reconciler
         proxies_pb2_grpc.add_ProxyServiceServicer_to_server(
-            ProxyService(store=store, catalog=catalog, clock=clock, pulls=self.pulls, wake=wake), server
+            ProxyService(store=store, catalog=catalog, clock=clock, pulls=self.pulls, reconciler=reconciler), server
         )
         hosts_pb2_grpc.add_ProxyHostServiceServicer_to_server(
             ProxyHostService(store=store, catalog=catalog, clock=clock, pulls=self.pulls), server

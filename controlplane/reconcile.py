@@ -1,5 +1,7 @@
 """Makes what was ordered real: claim a row by a lease, take one step, apply its outcome only under that lease.
 
+An order's own transaction takes the lease where there is room for its step; other rows are found by looking.
+
 It knows no resource. A row carries what is wanted and what was seen; a provisioner looks at both and takes the next
 step, each of which may be repeated at any time. So a process that is killed anywhere loses nothing: the lease runs out,
 and whoever claims the row next goes on from what is really there.
@@ -8,7 +10,7 @@ and whoever claims the row next goes on from what is really there.
 import asyncio
 import random
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -197,6 +199,22 @@ class Reconciler:
         """Look for due rows at once: something was committed."""
         self._woken.set()
 
+    def take(self, row: Reconciled, committed: asyncio.Future[bool]) -> None:
+        """Take the step of what was just ordered as soon as it is committed: the order's transaction takes the lease.
+
+        So that a step costs no commit before it. What somebody still works at, or what there is no room for, is found
+        like every row. Half of the room is left for those, or they would wait for as long as orders come.
+        """
+        provisioner = next(each for each in self._provisioners if isinstance(row, each.model))
+        now = self._clock.now()
+        is_due = row.next_attempt_at is not None and row.next_attempt_at <= now
+        is_free = row.lease_until is None or row.lease_until <= now
+        if is_due and is_free and not self._stopping and self._count_running(provisioner) < provisioner.at_once // 2:
+            row.lease_token, row.lease_until = _new_lease(now)
+            self._begin(provisioner, self._work_when(committed, provisioner, row))
+        else:
+            committed.add_done_callback(lambda _: self.wake())
+
     def start(self) -> None:
         """Begin, in a task of its own."""
         self._loop = asyncio.create_task(self._run())
@@ -231,14 +249,20 @@ class Reconciler:
         """Start a step for each due row, as far as there is room: what was ordered before what is looked at again."""
         for is_ordered, due in await self._count_due(provisioner):
             for _ in range(due):
-                if self._stopping or list(self._running.values()).count(provisioner.kind) >= provisioner.at_once:
+                if self._stopping or self._count_running(provisioner) >= provisioner.at_once:
                     return
                 row = await self._claim(provisioner, is_ordered=is_ordered)
                 if row is None:
                     break
-                task = asyncio.create_task(self._work(provisioner, row))
-                self._running[task] = provisioner.kind
-                task.add_done_callback(self._ended)
+                self._begin(provisioner, self._work(provisioner, row))
+
+    def _count_running(self, provisioner: Provisioner[Any]) -> int:
+        return list(self._running.values()).count(provisioner.kind)
+
+    def _begin(self, provisioner: Provisioner[Any], work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._running[task] = provisioner.kind
+        task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         del self._running[task]
@@ -276,12 +300,16 @@ class Reconciler:
             .with_for_update(skip_locked=True, key_share=True)  # SQLite has one writer and leaves this out
             .scalar_subquery()
         )
-        lease = {"lease_token": secrets.token_hex(16), "lease_until": now + LEASE}
+        lease = dict(zip(("lease_token", "lease_until"), _new_lease(now), strict=True))
         async with self._store.session() as session:
             claimed = await session.execute(update(model).where(col(model.id) == first).values(lease).returning(model))
             row = claimed.scalar_one_or_none()
             await session.commit()
             return row
+
+    async def _work_when(self, committed: asyncio.Future[bool], provisioner: Provisioner[RowT], row: RowT) -> None:
+        if await asyncio.shield(committed):  # it is the order's, and not to be cancelled with us
+            await self._work(provisioner, row)
 
     async def _work(self, provisioner: Provisioner[RowT], row: RowT) -> None:
         """Take one step of a claimed row and keep its outcome."""
@@ -409,6 +437,10 @@ def _tell(what: str, error: BaseException) -> None:
         _log.error(what, error=str(error))
     else:
         _log.error(what, exc_info=error)
+
+
+def _new_lease(now: datetime) -> tuple[str, datetime]:
+    return secrets.token_hex(16), now + LEASE
 
 
 def _is_due(model: type[Reconciled], now: datetime, *, is_ordered: bool) -> tuple[Any, ...]:

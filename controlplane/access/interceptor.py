@@ -197,11 +197,13 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         """Answer in a transaction that no caller interrupts by hanging up: it commits or rolls back as a whole."""
         task = asyncio.create_task(self._transaction(call, method, read_request(raw, call), context))
         self._writes.add(task)
-        task.add_done_callback(self._written)
+        task.add_done_callback(partial(self._written, call))
         return await asyncio.shield(task)
 
-    def _written(self, task: asyncio.Task[bytes]) -> None:
+    def _written(self, call: Call, task: asyncio.Task[bytes]) -> None:
         self._writes.discard(task)
+        if not call.committed.done():
+            call.committed.set_result(False)
         if not task.cancelled():
             task.exception()  # whoever still waits has it; if nobody does, it is not worth a warning
 
@@ -228,6 +230,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
                 await self._idempotency.record(session, call, key, Answer(answer, tuple(headers)))
             entry = await self._tell(call, session, request, response)
             await session.commit()
+        call.committed.set_result(True)
         for then in call.after_commit:
             then()
         _log.info(

@@ -1,6 +1,5 @@
 """The servicer of backups: rules and queries. The reconciler writes and removes the files."""
 
-from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -16,7 +15,7 @@ from controlplane.databases.model import READY, STOPPED, Database
 from controlplane.databases.model import to_proto as database_to_proto
 from controlplane.databases.orders import DatabaseOrders, lock_database
 from controlplane.errors import Conflict, NotFound
-from controlplane.reconcile import DELETING
+from controlplane.reconcile import DELETING, Reconciler
 from controlplane.rpc import etag, paging
 from controlplane.rpc.call import Call, current
 from controlplane.rpc.remembered import remembered
@@ -42,13 +41,13 @@ class BackupService(backups_pb2_grpc.BackupServiceServicer):
     """Backups of managed databases."""
 
     def __init__(
-        self, *, store: Store, catalog: Catalog, clock: Clock, orders: DatabaseOrders, wake: Callable[[], None]
+        self, *, store: Store, catalog: Catalog, clock: Clock, orders: DatabaseOrders, reconciler: Reconciler
     ) -> None:
         self._store = store
         self._catalog = catalog
         self._clock = clock
         self._orders = orders
-        self._wake = wake
+        self._reconciler = reconciler
 
     @remembered
     async def ListBackups(
@@ -84,7 +83,7 @@ class BackupService(backups_pb2_grpc.BackupServiceServicer):
         )
         call.session.add(backup)
         await call.session.flush()
-        call.after_commit.append(self._wake)
+        self._reconciler.take(backup, call.committed)
         etag.show(call, backup)
         return to_proto(backup, database=database.name)
 
@@ -114,7 +113,7 @@ class BackupService(backups_pb2_grpc.BackupServiceServicer):
             database.undelete_until = None
             database.generation += 1  # or a step that has seen it would keep the row for it
         order_deletion(backup, now=self._clock.now())
-        call.after_commit.append(self._wake)
+        self._reconciler.take(backup, call.committed)
         etag.show(call, backup)
         return to_proto(backup, database=database.name)
 
@@ -138,7 +137,7 @@ class BackupService(backups_pb2_grpc.BackupServiceServicer):
             region=source.region,
             restored_from=backup.id,
         )
-        call.after_commit.append(self._wake)
+        self._reconciler.take(database, call.committed)
         etag.show(call, database)
         return database_to_proto(database)
 

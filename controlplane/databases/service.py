@@ -1,6 +1,6 @@
 """The servicer of databases: rules and queries. One RPC is one transaction; nothing here touches a cluster."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -26,7 +26,7 @@ from controlplane.databases.model import (
 from controlplane.databases.orders import BY_NAME, DatabaseOrders, lock_database, newest_backup
 from controlplane.errors import Conflict, NotFound
 from controlplane.keys import Keys
-from controlplane.reconcile import DELETING, FAILED
+from controlplane.reconcile import DELETING, FAILED, Reconciler
 from controlplane.rpc import etag, paging
 from controlplane.rpc.call import Call, current
 from controlplane.rpc.merge import merged
@@ -56,7 +56,7 @@ class DatabaseService(databases_pb2_grpc.DatabaseServiceServicer):
         clock: Clock,
         engines: Mapping[str, Engine],
         orders: DatabaseOrders,
-        wake: Callable[[], None],
+        reconciler: Reconciler,
     ) -> None:
         self._store = store
         self._catalog = catalog
@@ -64,7 +64,7 @@ class DatabaseService(databases_pb2_grpc.DatabaseServiceServicer):
         self._clock = clock
         self._engines = engines
         self._orders = orders
-        self._wake = wake
+        self._reconciler = reconciler
 
     @remembered
     async def ListDatabases(
@@ -287,7 +287,7 @@ class DatabaseService(databases_pb2_grpc.DatabaseServiceServicer):
 
     def _ordered(self, call: Call, database: Database) -> databases_pb2.Database:
         etag.show(call, database)
-        call.after_commit.append(self._wake)
+        self._reconciler.take(database, call.committed)
         return to_proto(database)
 
 

@@ -1,6 +1,5 @@
 """The servicer of functions: rules and queries. One RPC is one transaction; the hosts ask for what they are to run."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,7 +25,7 @@ from controlplane.functions.model import (
 from controlplane.functions.orders import BY_NAME, FunctionOrders, lock_function
 from controlplane.functions.versions import SHOWN, read_code
 from controlplane.hosts.pulls import Pulls
-from controlplane.reconcile import DELETING
+from controlplane.reconcile import DELETING, Reconciler
 from controlplane.rpc import etag, paging
 from controlplane.rpc.call import Call, current
 from controlplane.rpc.remembered import remembered
@@ -61,7 +60,7 @@ class FunctionService(functions_pb2_grpc.FunctionServiceServicer):
         function_logs: FunctionLogs,
         invocations: Invocations,
         pulls: Pulls,
-        wake: Callable[[], None],
+        reconciler: Reconciler,
     ) -> None:
         self._store = store
         self._clock = clock
@@ -69,7 +68,7 @@ class FunctionService(functions_pb2_grpc.FunctionServiceServicer):
         self._logs = function_logs
         self._invocations = invocations
         self._pulls = pulls
-        self._wake = wake
+        self._reconciler = reconciler
 
     @remembered
     async def ListFunctions(
@@ -214,7 +213,8 @@ class FunctionService(functions_pb2_grpc.FunctionServiceServicer):
         """Let the hosts take the function over as it is now, and show it."""
         scope = sequence_of(function.region)
         await function.hand_over(call.session, scope, now=self._clock.now())
-        call.after_commit += (partial(self._pulls.announce, scope), self._wake)
+        call.after_commit.append(partial(self._pulls.announce, scope))
+        self._reconciler.take(function, call.committed)
         return _shown(call, function)
 
 

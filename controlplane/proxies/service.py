@@ -2,7 +2,6 @@
 
 import hashlib
 import secrets
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,7 +20,7 @@ from controlplane.hosts.pulls import Pulls
 from controlplane.ids import new_id
 from controlplane.proxies import placement
 from controlplane.proxies.model import PROVISIONING, UPDATING, Proxy, ProxyUsage, sequence_of, to_proto
-from controlplane.reconcile import DELETING
+from controlplane.reconcile import DELETING, Reconciler
 from controlplane.rpc import etag, paging
 from controlplane.rpc.call import Call, current
 from controlplane.rpc.remembered import remembered
@@ -52,12 +51,12 @@ _USAGE = (
 class ProxyService(proxies_pb2_grpc.ProxyServiceServicer):
     """SOCKS5 proxies."""
 
-    def __init__(self, *, store: Store, catalog: Catalog, clock: Clock, pulls: Pulls, wake: Callable[[], None]) -> None:
+    def __init__(self, *, store: Store, catalog: Catalog, clock: Clock, pulls: Pulls, reconciler: Reconciler) -> None:
         self._store = store
         self._catalog = catalog
         self._clock = clock
         self._pulls = pulls
-        self._wake = wake
+        self._reconciler = reconciler
 
     @remembered
     async def ListProxies(
@@ -218,7 +217,8 @@ class ProxyService(proxies_pb2_grpc.ProxyServiceServicer):
         await proxy.hand_over(call.session, scope, now=now)
         await call.session.flush()
         etag.show(call, proxy)
-        call.after_commit += [partial(self._pulls.announce, scope), self._wake]
+        call.after_commit.append(partial(self._pulls.announce, scope))
+        self._reconciler.take(proxy, call.committed)
         return to_proto(proxy, password=password)
 
 

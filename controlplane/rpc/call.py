@@ -1,5 +1,6 @@
 """The RPC that is being answered: what came with it, and what its answer takes along."""
 
+import asyncio
 import secrets
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
@@ -20,9 +21,10 @@ class Call:
     """One RPC.
 
     `client_ip` is the address that the edge saw, or the socket's for a native caller. `rest` tells a REST caller, who
-    gets headers in place of some fields. `headers` go with the answer. `after_commit` runs once the write is safe.
-    `presented` is whose credential came along, whether it holds or not. `concerns` is the account that a call is about
-    which nobody has signed, that of a login; `target` what it is about where the answer does not say so.
+    gets headers in place of some fields. `headers` go with the answer. `after_commit` runs once the write is safe;
+    `committed` tells whether it is, once that is known. `presented` is whose credential came along, whether it holds or
+    not. `concerns` is the account that a call is about which nobody has signed, that of a login; `target` what it is
+    about where the answer does not say so.
     """
 
     rpc: Rpc
@@ -32,6 +34,7 @@ class Call:
     metadata: dict[str, str]
     headers: list[tuple[str, str]] = field(default_factory=list)
     after_commit: list[Callable[[], None]] = field(default_factory=list)
+    committed: asyncio.Future[bool] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     presented: Caller | None = None
     maybe_caller: Caller | None = None
     concerns: str | None = None

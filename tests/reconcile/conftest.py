@@ -96,9 +96,15 @@ class Works:
         return reconciler
 
     async def order(
-        self, database_id: str = "db_1", *, within: timedelta = timedelta(hours=1), cluster: str = "local-postgresql"
+        self,
+        database_id: str = "db_1",
+        *,
+        within: timedelta = timedelta(hours=1),
+        cluster: str = "local-postgresql",
+        taken_by: Reconciler | None = None,
+        is_committed: bool = True,
     ) -> None:
-        """Order a new database."""
+        """Order a new database; `taken_by` is the reconciler of the process that takes the order."""
         now = self.clock.now()
         row = Database(
             id=database_id,
@@ -117,17 +123,26 @@ class Works:
         )
         row.password_sealed = self._keys.encrypt(b"password", bound_to=password_binding(row))
         row.order(PROVISIONING, now=now, within=within, waiting_on=f"cluster {cluster}")
+        committed = asyncio.get_running_loop().create_future()
         async with self.store.session() as session:
             session.add(row)
-            await session.commit()
+            if taken_by is not None:
+                taken_by.take(row, committed)
+            if is_committed:
+                await session.commit()
+        committed.set_result(is_committed)
 
-    async def order_again(self, state: str, *, sku: str = "db-s-1vcpu-1gb") -> None:
+    async def order_again(self, state: str, *, sku: str = "db-s-1vcpu-1gb", taken_by: Reconciler | None = None) -> None:
         """Want something else of the database."""
+        committed = asyncio.get_running_loop().create_future()
         async with self.store.session() as session:
             row = await session.get_one(Database, "db_1", with_for_update=True)
             row.sku = sku
             row.order(state, now=self.clock.now(), within=timedelta(hours=1), waiting_on="cluster local-postgresql")
+            if taken_by is not None:
+                taken_by.take(row, committed)
             await session.commit()
+        committed.set_result(True)
 
     async def order_backup(self, database_id: str = "db_1") -> str:
         """Order a backup of the database; return its id."""
