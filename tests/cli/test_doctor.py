@@ -229,7 +229,7 @@ async def examined(yard: Yard) -> list[Difference]:
 
 async def test_progress_is_told(yard: Yard, catalog: Path, tmp_path: Path) -> None:
     """If it takes longer, stderr has how far it is, and stdout has the answer alone."""
-    program = "from controlplane.cli import main; main._SECONDS_OF_SILENCE = -1; main.main()"
+    program = "from controlplane.cli import doctor, main; doctor._SECONDS_OF_SILENCE = -1; main.main()"
     settings = {"HTX_DATABASE_URL": yard.url, "HTX_CATALOG": catalog, "HTX_BACKUP_URL": yard.folder.as_uri()}
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", program, "doctor"),
