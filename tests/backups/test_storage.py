@@ -3,25 +3,16 @@
 import asyncio
 import hashlib
 import os
-import signal
-import stat
-import subprocess
-import sys
-import traceback
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 
-from controlplane.backups.storage import BackupStorage, FolderStorage, StorageUnavailable, Written, storage_at
+from controlplane.backups.storage import BackupStorage, FolderStorage, Written, storage_at
 from tests.backups.seaweed import ACCESS_KEY, SECRET_KEY, Seaweed
-from tests.stack import free_port
-
-MEGABYTE = 1024 * 1024
-NAME = "db_1/bk_1.htxb"
+from tests.backups.stored import MEGABYTE, NAME, content, stream
 
 
 @pytest.fixture
@@ -37,17 +28,6 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> BackupStorage:
         return storage_at((tmp_path / "deep" / "backups").as_uri())
     made: BackupStorage = request.getfixturevalue("bucket")
     return made
-
-
-async def stream(*chunks: bytes) -> AsyncIterator[bytes]:
-    """Return a stream of these chunks."""
-    for chunk in chunks:
-        yield chunk
-
-
-async def content(storage: BackupStorage, name: str = NAME) -> bytes:
-    """Return what is in a file."""
-    return b"".join([piece async for piece in storage.read(name)])
 
 
 class Endless:
@@ -238,178 +218,6 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-async def test_a_folder_is_its_owners_alone(tmp_path: Path) -> None:
-    """Nobody else on the machine reads backups, or their names."""
-    storage = FolderStorage(tmp_path / "backups")
-    await storage.write(NAME, stream(b"plain"))
-    assert stat.S_IMODE((tmp_path / "backups" / NAME).stat().st_mode) == 0o600
-    for folder in ("backups", "backups/db_1"):
-        assert stat.S_IMODE((tmp_path / folder).stat().st_mode) == 0o700
-
-
-async def test_a_file_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file is synced under another name, then renamed, then both folders are synced."""
-    steps: list[str] = []
-    sync, rename = os.fsync, Path.rename
-
-    def synced(descriptor: int) -> None:
-        steps.append(f"sync {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
-        sync(descriptor)
-
-    def renamed(path: Path, target: Path) -> Path:
-        steps.append(f"rename {path.name}")
-        return rename(path, target)
-
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(Path, "rename", renamed)
-    await FolderStorage(tmp_path / "backups").write(NAME, stream(b"plain"))
-    file, moved, *folders = steps
-    assert file.startswith("sync bk_1.htxb.")
-    assert moved == file.replace("sync", "rename")
-    assert folders == ["sync db_1", "sync backups"]
-
-
-CRASHES = """
-import asyncio, sys
-from pathlib import Path
-from controlplane.backups.storage import FolderStorage
-
-async def endless():
-    while True:
-        yield bytes(1024 * 1024)
-        print("written", flush=True)
-        await asyncio.Event().wait()
-
-asyncio.run(FolderStorage(Path(sys.argv[1])).write(sys.argv[2], endless()))
-"""
-
-
-async def test_what_a_crash_leaves_is_swept(tmp_path: Path) -> None:
-    """A file that was being written when the server was killed never shows; the sweep takes it, but no younger one."""
-    storage = FolderStorage(tmp_path)
-    for name in (NAME, "db_2/bk_2.htxb"):
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", CRASHES, str(tmp_path), name, stdout=asyncio.subprocess.PIPE
-        )
-        assert process.stdout is not None
-        assert await process.stdout.readline() == b"written\n"
-        process.kill()
-        assert await process.wait() == -signal.SIGKILL
-    await storage.write("db_2/bk_3.htxb", stream(b"whole"))
-    old, young = (path for name in ("db_1", "db_2") for path in (tmp_path / name).glob("*.part"))
-    hour_ago = datetime.now(UTC) - timedelta(hours=1)
-    os.utime(old, (hour_ago.timestamp() - 1,) * 2)
-    assert await storage.list() == ["db_2/bk_3.htxb"]
-    assert not await storage.exists(NAME)
-
-    await storage.sweep(before=hour_ago)
-    assert not old.parent.exists()
-    assert young.exists()
-    await storage.remove("db_2/bk_2.htxb")
-    assert not young.exists()
-    assert await storage.list() == ["db_2/bk_3.htxb"]
-
-
-async def test_a_folder_that_cannot_be_used_is_told(tmp_path: Path) -> None:
-    """A file in the folder's place is one sentence, and not an OSError."""
-    (tmp_path / "file").write_text("in the way")
-    storage = FolderStorage(tmp_path / "file")
-    with pytest.raises(StorageUnavailable, match="cannot be used: File exists"):
-        await storage.write(NAME, stream(b"plain"))
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (
-            lambda url: url.replace(str(urlsplit(url.partition("endpoint=")[2]).port), str(free_port())),
-            "cannot be reached",
-        ),
-        (lambda url: url.replace("s3://backups", "s3://no-such-bucket"), "cannot be reached"),
-        (lambda url: url, "refuses our keys"),
-    ],
-    ids=["nobody there", "no bucket", "wrong key"],
-)
-async def test_a_bucket_that_cannot_be_used_is_told(
-    seaweed: Seaweed, change: Callable[[str], str], reason: str
-) -> None:
-    """A server that is away, a bucket that is none, a wrong key: one sentence each, and no key in it or its causes."""
-    secret = "not-the-secret-key" if "refuses" in reason else SECRET_KEY
-    url = change(seaweed.url("x"))
-    storage = storage_at(url, access_key=ACCESS_KEY, secret_key=secret)
-    with pytest.raises(StorageUnavailable, match="cannot be reached") as refused:
-        await storage.list()
-    assert secret not in "".join(traceback.format_exception(refused.value))
-    assert secret not in repr(storage)
-    if "no-such" not in url:  # this server makes a bucket for what is written
-        with pytest.raises(StorageUnavailable, match=reason) as refused:
-            await storage.write(NAME, stream(b"plain"))
-        assert secret not in "".join(traceback.format_exception(refused.value))
-        with pytest.raises(StorageUnavailable, match=reason):
-            await storage.exists(NAME)
-        with pytest.raises(StorageUnavailable, match=reason):
-            await content(storage)
-
-
-async def test_a_server_that_goes_away_ends_the_stream(seaweed: Seaweed) -> None:
-    """When the server is lost in the middle of an upload the write fails, and nothing reads the dump any more."""
-    lost = asyncio.Event()
-    there = urlsplit(seaweed.endpoint)
-
-    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError):
-            while not lost.is_set() and (some := await reader.read(65536)):
-                writer.write(some)
-                await writer.drain()
-        writer.close()
-
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if lost.is_set():
-            writer.close()
-            return
-        back, on = await asyncio.open_connection(there.hostname, there.port)
-        await asyncio.gather(forward(reader, on), forward(back, writer))
-
-    async def dump() -> AsyncIterator[bytes]:
-        for number in range(200):
-            if number == 40:
-                lost.set()
-            yield os.urandom(MEGABYTE)
-            counted.append(number)
-
-    counted: list[int] = []
-    url = seaweed.url("x", bucket="lost")
-    async with await asyncio.start_server(accept, "127.0.0.1", 0) as proxy:
-        port = proxy.sockets[0].getsockname()[1]
-        storage = storage_at(url.replace(str(there.port), str(port)), access_key=ACCESS_KEY, secret_key=SECRET_KEY)
-        with pytest.raises(StorageUnavailable, match="cannot be reached"):
-            await storage.write(NAME, dump())
-    assert 40 <= len(counted) < 100
-    assert await storage_at(url, access_key=ACCESS_KEY, secret_key=SECRET_KEY).list() == []
-
-
-async def test_the_variables_of_others_do_not_count(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is set for Amazon's own tools neither moves the storage nor takes the place of its keys."""
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "other",
-        "AWS_SECRET_ACCESS_KEY": "other",
-        "AWS_SESSION_TOKEN": "other",
-        "AWS_ENDPOINT": "http://127.0.0.1:9",
-        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
-        "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9",
-        "AWS_REGION": "eu-west-1",
-        "AWS_BUCKET": "other",
-        "AWS_SKIP_SIGNATURE": "true",
-        "AWS_VIRTUAL_HOSTED_STYLE_REQUEST": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    storage = storage_at(seaweed.url("variables"), access_key=ACCESS_KEY, secret_key=SECRET_KEY)
-    await storage.write(NAME, stream(b"plain"))
-    monkeypatch.undo()
-    again = storage_at(seaweed.url("variables"), access_key=ACCESS_KEY, secret_key=SECRET_KEY)
-    assert await content(again) == b"plain"
-
-
 @pytest.mark.parametrize(
     "url",
     [
@@ -432,20 +240,3 @@ def test_a_url_that_names_no_storage_is_told(url: str) -> None:
     with pytest.raises(ValueError, match="HTX_BACKUP_URL must be") as refused:
         storage_at(url, access_key=ACCESS_KEY, secret_key=SECRET_KEY)
     assert "hidden" not in str(refused.value)
-
-
-def test_a_bucket_needs_its_keys() -> None:
-    """Without both keys the server does not start to guess."""
-    with pytest.raises(ValueError, match="HTX_BACKUP_SECRET_KEY"):
-        storage_at("s3://bucket/prefix", access_key=ACCESS_KEY)
-
-
-def test_who_has_no_bucket_does_not_load_its_library(tmp_path: Path) -> None:
-    """A folder is used without obstore."""
-    program = f"""
-import sys
-from controlplane.backups.storage import storage_at
-storage_at({tmp_path.as_uri()!r})
-sys.exit("obstore" in sys.modules)
-"""
-    subprocess.run([sys.executable, "-c", program], check=True)

@@ -72,12 +72,6 @@ class Noting(LocalLimiter):
 
 
 @pytest.fixture
-def clock() -> ManualClock:
-    """A clock that the test moves."""
-    return ManualClock()
-
-
-@pytest.fixture
 def guesser(clock: ManualClock) -> Guesser:
     """A throttle that has seen nothing."""
     return Guesser(clock)

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import pymysql
 import pytest
 
 from controlplane.databases.engines.engine import Target
@@ -49,3 +50,12 @@ async def other(cluster: Cluster) -> AsyncIterator[Target]:
     await cluster.engine.apply(other)
     yield other
     await cluster.engine.drop(other.name)
+
+
+def is_alive(session: Session) -> bool:
+    """Return whether a session still takes statements."""
+    try:
+        run(session, "SELECT 1")
+    except pymysql.Error:
+        return False
+    return True

@@ -1,25 +1,18 @@
-"""The MySQL driver against a real MariaDB."""
+"""The MySQL driver against a real MariaDB: a database that is made, put right, looked at and dropped."""
 
 # ruff: noqa: S608 - the statements are made of names of ours
 
 import asyncio
-import socket
-import threading
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
-import pymysql
 import pytest
 
-from controlplane.databases.engines.engine import Busy, ClusterUnavailable, EngineError, Missing, Target
-from controlplane.databases.engines.mysql import MySQL
+from controlplane.databases.engines.engine import Busy, ClusterUnavailable, Missing, Target
 from tests.databases.engines.mysql.cluster import Cluster, Session, dumped, new_target, pieces, run
+from tests.databases.engines.mysql.conftest import is_alive
 from tests.stack import eventually
-
-UNAVAILABLE = r"^The database cluster is not available at the moment; try again later\.$"
 
 
 def _state(admin: Session, name: str) -> list[object]:
@@ -29,14 +22,6 @@ def _state(admin: Session, name: str) -> list[object]:
         run(admin, f"SHOW CREATE USER '{name}'@'%'"),
         run(admin, f"SHOW GRANTS FOR '{name}'@'%'"),
     ]
-
-
-def _is_alive(session: Session) -> bool:
-    try:
-        run(session, "SELECT 1")
-    except pymysql.Error:
-        return False
-    return True
 
 
 async def test_use(cluster: Cluster) -> None:
@@ -57,7 +42,7 @@ async def test_apply_twice(cluster: Cluster, admin: Session, target: Target) -> 
     before = _state(admin, target.name)
     with cluster.tenant(target) as tenant:
         assert await cluster.engine.apply(target) == ()
-        assert _is_alive(tenant)
+        assert is_alive(tenant)
     assert _state(admin, target.name) == before
 
 
@@ -104,7 +89,7 @@ async def test_repair_ends_sessions(cluster: Cluster, admin: Session, target: Ta
     with cluster.tenant(target) as tenant:
         assert run(tenant, "SELECT COUNT(*) FROM mysql.global_priv")
         assert await cluster.engine.apply(target) == ("the rights",)
-        assert not _is_alive(tenant)
+        assert not is_alive(tenant)
 
 
 async def test_dropped_database(cluster: Cluster, target: Target) -> None:
@@ -140,147 +125,6 @@ async def test_database_that_is_there(cluster: Cluster, admin: Session, target: 
     assert cluster.answers(target)
 
 
-async def test_other_tenant(cluster: Cluster, target: Target, other: Target) -> None:
-    """A tenant can neither read another, nor end his sessions, nor do anything for the server as a whole."""
-    with cluster.tenant(other) as victim, cluster.tenant(target) as tenant:
-        run(victim, "CREATE TABLE secrets (text TEXT)")
-        assert not cluster.answers(target, database=other.name)
-        assert not cluster.answers(target, database="mysql")
-        for statement in (
-            f"SELECT * FROM {other.name}.secrets",
-            f"CREATE TABLE {other.name}.mine (n INT)",
-            f"DROP DATABASE {other.name}",
-            f"SHOW CREATE DATABASE {other.name}",
-            f"KILL {run(victim, 'SELECT CONNECTION_ID()')[0][0]}",
-            f"SHOW GRANTS FOR {other.name}",
-            f"SHOW CREATE USER {other.name}",
-            "SELECT * FROM mysql.user",
-            "CREATE USER mine",
-            "CREATE ROLE mine",
-            "CREATE DATABASE mine",
-            f"GRANT SELECT ON {target.name}.* TO {other.name}",
-            "ALTER USER CURRENT_USER() WITH MAX_USER_CONNECTIONS 1000",
-            "SET GLOBAL max_connections = 1",
-            "CREATE EVENT e ON SCHEDULE EVERY 1 SECOND DO DELETE FROM x",
-            "LOAD DATA INFILE '/etc/hostname' INTO TABLE notes",
-            "SELECT 1 INTO OUTFILE '/tmp/htx-outfile'",
-            "INSTALL SONAME 'ha_archive'",
-            "SHOW ENGINE INNODB STATUS",
-            "FLUSH TABLES",
-        ):
-            with pytest.raises(pymysql.Error):
-                run(tenant, statement)
-        assert run(tenant, "SELECT LOAD_FILE('/etc/hostname')") == [(None,)]
-        run(tenant, "CREATE TABLE t (n INT) DATA DIRECTORY = '/tmp'")
-        assert "DIRECTORY" not in run(tenant, "SHOW CREATE TABLE t")[0][1]
-        assert _is_alive(victim)
-
-
-async def test_similar_name(cluster: Cluster, admin: Session, target: Target) -> None:
-    """The underscore in a tenant's name stands for itself, not for any character of somebody else's."""
-    similar = target.name.replace("_", "x")
-    run(admin, f"CREATE DATABASE {similar}")
-    assert not cluster.answers(target, database=similar)
-    run(admin, f"DROP DATABASE {similar}")
-
-
-async def test_what_is_told_of_others(cluster: Cluster, target: Target, other: Target) -> None:
-    """Nothing that the server tells a tenant about itself names another tenant, or holds his query."""
-    with cluster.tenant(other) as victim, cluster.tenant(target) as tenant:
-        run(victim, "CREATE TABLE a (secret_column INT PRIMARY KEY)", "CREATE VIEW v AS SELECT secret_column FROM a")
-        run(victim, "CREATE PROCEDURE p() SELECT secret_column FROM a", "SELECT * FROM a")
-        busy = threading.Thread(target=run, args=(victim, "SELECT SLEEP(2), 'secret_column'"))
-        busy.start()
-        tables = [
-            f"SELECT * FROM information_schema.`{name}`"
-            for (name,) in run(tenant, "SHOW TABLES FROM information_schema")
-        ]
-        shows = (
-            "DATABASES",
-            "FULL PROCESSLIST",
-            "OPEN TABLES",
-            "GLOBAL STATUS",
-            "GLOBAL VARIABLES",
-            "PROCEDURE STATUS",
-        )
-        told = 0
-        for statement in (*tables, *(f"SHOW {what}" for what in shows)):
-            with suppress(pymysql.Error):  # some need a right that he has not
-                answer = str(run(tenant, statement))
-                assert other.name not in answer, statement
-                assert "secret_column" not in answer.replace(target.name, ""), statement
-                told += 1
-        assert told > 50
-        busy.join()
-
-
-async def test_no_login(cluster: Cluster, target: Target) -> None:
-    """Without login the tenant's sessions end and no new one starts, until it is back, with the data."""
-    tenant = cluster.tenant(target)
-    run(tenant, "CREATE TABLE notes (text TEXT)", "START TRANSACTION", "INSERT INTO notes VALUES ('lost')")
-    stopped = replace(target, login=False)
-    assert await cluster.engine.apply(stopped) == ("the login",)
-    assert await cluster.engine.apply(stopped) == ()
-    assert not _is_alive(tenant)
-    assert not cluster.answers(target)
-
-    assert await cluster.engine.apply(target) == ("the login",)
-    with cluster.tenant(target) as tenant:
-        assert run(tenant, "SELECT COUNT(*) FROM notes") == [(0,)]
-
-
-async def test_wrong_password(cluster: Cluster, target: Target) -> None:
-    """Nobody gets in with another password, or with none."""
-    assert not cluster.answers(replace(target, password="guess"))
-    assert not cluster.answers(replace(target, password=""))
-
-
-async def test_connection_limit(cluster: Cluster) -> None:
-    """One session more than the limit is refused, and none at all is no limit that the server knows."""
-    target = new_target(connections=2)
-    await cluster.engine.apply(target)
-    with cluster.tenant(target), cluster.tenant(target):
-        assert not cluster.answers(target)
-    await cluster.engine.drop(target.name)
-    with pytest.raises(ValueError, match="no limit"):
-        await cluster.engine.apply(replace(target, connections=0))
-
-
-async def test_resize(cluster: Cluster, target: Target) -> None:
-    """A new size holds at once for the next session, while those that are open go on."""
-    bigger = replace(target, connections=7, memory_mb=1024)
-    with cluster.tenant(target) as first:
-        assert await cluster.engine.apply(bigger) == ("the connection limit",)
-        sessions = [first, *(cluster.tenant(bigger) for _ in range(6))]
-        assert not cluster.answers(bigger)
-        assert all(_is_alive(session) for session in sessions)
-        for session in sessions[1:]:
-            session.close()
-        assert await cluster.engine.apply(replace(target, connections=1)) == ("the connection limit",)
-        assert _is_alive(first)
-        assert not cluster.answers(target)
-
-
-async def test_new_password(cluster: Cluster, target: Target) -> None:
-    """A new password holds at once, the old one no longer does, and sessions that came in with it are ended."""
-    changed = replace(target, password="n3w")
-    with cluster.tenant(target) as session:
-        assert await cluster.engine.apply(changed) == ("the password",)
-        assert not _is_alive(session)
-    assert not cluster.answers(target)
-    assert cluster.answers(changed)
-
-
-async def test_stolen_password(cluster: Cluster, target: Target) -> None:
-    """Who changed the password behind our back, as a tenant can, loses his session when ours is put back."""
-    with cluster.tenant(target) as tenant:
-        run(tenant, "SET PASSWORD = PASSWORD('stolen')")
-    with cluster.tenant(replace(target, password="stolen")) as thief:
-        assert await cluster.engine.apply(target) == ("the password",)
-        assert not _is_alive(thief)
-    assert not cluster.answers(replace(target, password="stolen"))
-
-
 async def test_drop(cluster: Cluster, admin: Session) -> None:
     """Drop ends open sessions and dumps, removes database and all users of its name, and may be repeated."""
     target = new_target()
@@ -295,7 +139,7 @@ async def test_drop(cluster: Cluster, admin: Session) -> None:
         with pytest.raises(ClusterUnavailable):
             await _read(chunks)
     await cluster.engine.drop(target.name)
-    assert not _is_alive(session)
+    assert not is_alive(session)
     assert await cluster.engine.names(target.name) == set()
     assert await cluster.engine.apply(target) == ("the database",)
     await cluster.engine.drop(target.name)
@@ -339,7 +183,7 @@ async def test_crash_of_apply(cluster: Cluster, admin: Session, begun: str) -> N
         await _when_not_busy(lambda target=target: cluster.engine.apply(target))  # type: ignore[misc]
         assert cluster.answers(target)
         assert await cluster.engine.apply(target) == ()
-        assert session is None or not _is_alive(session)
+        assert session is None or not is_alive(session)
         await cluster.engine.drop(target.name)
         if finished:
             assert after > 10
@@ -398,81 +242,6 @@ async def test_busy(cluster: Cluster, admin: Session, target: Target) -> None:
     run(admin, f"SELECT RELEASE_LOCK('controlplane {target.name}')")
 
 
-async def test_lock_of_a_tenant(cluster: Cluster, target: Target, other: Target) -> None:
-    """A tenant who takes a lock of ours, as any session can, is thrown out."""
-    with cluster.tenant(target) as tenant, cluster.tenant(other) as bystander:
-        run(tenant, f"SELECT GET_LOCK('controlplane {other.name}', 0)")
-        assert await cluster.engine.apply(replace(other, login=False)) == ("the login",)
-        assert not _is_alive(tenant)
-        assert not _is_alive(bystander)
-
-
-@pytest.mark.parametrize("url", ["mysql://admin:s3cret@127.0.0.1:{port}/", "mysql://admin@/?socket={socket}"])
-async def test_unreachable(tmp_path: Path, url: str) -> None:
-    """A cluster that refuses connections is unavailable, and no word of the sentence tells where it is."""
-    with socket.socket() as nobody, socket.socket(socket.AF_UNIX) as unix:
-        nobody.bind(("127.0.0.1", 0))
-        unix.bind(str(tmp_path / "s"))
-        url = url.format(port=nobody.getsockname()[1], socket=tmp_path / "s")
-        engine = MySQL(admin_url=url, host="db", port=3306)
-        for action in (
-            engine.apply(new_target()),
-            engine.drop("db_1"),
-            engine.observe("db_1"),
-            engine.names("db_"),
-            engine.contents("db_1"),
-            engine.restore("db_1", "x", pieces(b"DELIMITER")),
-            dumped(engine, "db_1"),
-        ):
-            with pytest.raises(ClusterUnavailable, match=UNAVAILABLE):
-                await action
-
-
-async def test_silent() -> None:
-    """A cluster that accepts the connection and says nothing is unavailable within seconds."""
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        engine = MySQL(admin_url=f"mysql://admin@127.0.0.1:{silent.getsockname()[1]}/", host="db", port=3306)
-        begin = time.monotonic()
-        with pytest.raises(ClusterUnavailable):
-            await engine.apply(new_target())
-        with pytest.raises(ClusterUnavailable):
-            await engine.contents("db_1")
-        assert time.monotonic() - begin < 12
-
-
-async def test_wrong_admin_password(cluster: Cluster) -> None:
-    """An admin who is refused is no passing trouble, and neither sentence nor cause has his password."""
-    engine = cluster.with_operator(password="wr0ng")
-    for action in (engine.apply(new_target()), engine.contents("db_1")):
-        with pytest.raises(EngineError) as failure:
-            await action
-        assert type(failure.value) is EngineError
-        assert "Access denied" in str(failure.value.__cause__)
-        assert "wr0ng" not in f"{failure.value!r} {failure.value.__cause__!r}"
-
-
-async def test_no_tls(cluster: Cluster) -> None:
-    """Where a certificate is asked for, a server without TLS is never spoken to."""
-    url = f"mysql://operator:x@127.0.0.1:{cluster.port}/?ssl-ca=/etc/ssl/certs/ca-certificates.crt"
-    with pytest.raises(EngineError) as failure:
-        await MySQL(admin_url=url, host="db", port=3306).names("db_")
-    assert "SSL is required" in str(failure.value.__cause__)
-
-
-async def test_gaps(cluster: Cluster, admin: Session, target: Target, capsys: pytest.CaptureFixture[str]) -> None:
-    """A cluster whose configuration lets tenants out of their databases is warned of, and a sound one is not."""
-    await cluster.engine.apply(target)
-    assert "warning" not in capsys.readouterr().out
-    run(admin, "CREATE USER ''@nowhere", "GRANT SELECT ON test.* TO PUBLIC")
-    await cluster.engine.apply(target)
-    log = capsys.readouterr().out
-    assert "user without a name" in log
-    assert "revoke those of '' and PUBLIC" in log
-    run(admin, "REVOKE SELECT ON test.* FROM PUBLIC", "DROP USER ''@nowhere")
-
-
 async def test_observe(cluster: Cluster, admin: Session) -> None:
     """Login, sessions and size are seen; of what lacks its database or its user there is nothing to see."""
     target = new_target()
@@ -496,26 +265,6 @@ async def test_observe(cluster: Cluster, admin: Session) -> None:
     await cluster.engine.drop(target.name)
 
 
-async def test_statements_hold_no_password(cluster: Cluster, admin: Session, folder: Path) -> None:
-    """No password gets into the log of all statements, whatever is done."""
-    log = folder / "mysql/mariadb/general.log"
-    run(admin, f"SET GLOBAL general_log_file = '{log}'", "SET GLOBAL general_log = 1")
-    target = new_target()
-    await cluster.engine.apply(target)
-    await cluster.engine.apply(replace(target, password="an0ther"))
-    await cluster.engine.apply(replace(target, password="an0ther", connections=9))
-    data, _ = await dumped(cluster.engine, target.name)
-    await cluster.engine.restore(target.name, "an0ther", pieces(data))
-    await cluster.engine.drop(target.name)
-    run(admin, "SET GLOBAL general_log = 0")
-    text = log.read_text(errors="replace")
-    assert f"CREATE USER '{target.name}'@'%'" in text
-    assert f"ALTER USER '{target.name}'@'%'" in text
-    assert target.password not in text
-    assert target.password.replace("'", "\\'") not in text
-    assert "an0ther" not in text
-
-
 @pytest.mark.parametrize("name", ["mysql", "test", "db", "Db_1", "db-1", "1db", "db_1\n", "db'_1", "d" * 33, "dbé_1"])
 async def test_name(cluster: Cluster, name: str) -> None:
     """A name that is none of ours is refused before anything is asked of the cluster."""
@@ -529,19 +278,3 @@ async def test_name(cluster: Cluster, name: str) -> None:
     ):
         with pytest.raises(ValueError, match="cannot be the name"):
             await action
-
-
-def test_connection() -> None:
-    """The URI is percent-encoded, an IPv6 address gets brackets, and secrets stay out of representations."""
-    engine = MySQL(admin_url="mysql://admin@/?socket=/s", host="::1", port=3306)
-    connection = engine.connection("db_1", "a/b@c:é")
-    assert connection.uri == "mysql://db_1:a%2Fb%40c%3A%C3%A9@[::1]:3306/db_1"
-    assert (connection.host, connection.port, connection.database, connection.username) == ("::1", 3306, "db_1", "db_1")
-    assert "a/b" not in repr(connection)
-
-
-@pytest.mark.parametrize("url", ["postgresql://admin@host/", "mysql://host/", "mysql://admin@host/?sslca=x", "x"])
-def test_admin_url(url: str) -> None:
-    """An admin URL that is none, or has a setting that nobody knows, is refused before the first use."""
-    with pytest.raises(ValueError, match="The admin URL must be"):
-        MySQL(admin_url=url, host="db", port=3306)
