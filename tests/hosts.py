@@ -1,10 +1,14 @@
-"""The real hosts of the data planes, in the tests' own process, with credentials of their own."""
+"""The real hosts of the data planes, in the tests' own process or in one of theirs, with credentials of their own."""
 
 import asyncio
 import itertools
+import os
+import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from controlplane.functions.host.host import FunctionHost, FunctionHostSettings
 from controlplane.hosts.admin import add_host
@@ -20,15 +24,7 @@ async def function_host(
     stack: Stack, folder: Path, *, name: str = "functions-1", region: str = "local"
 ) -> AsyncIterator[FunctionHost]:
     """Take a host of functions into service, where the stack's edge looks for one, and run it."""
-    _, secret = await add_host(
-        stack.server.store,
-        stack.server.catalog,
-        stack.clock,
-        stack.server.keys,
-        kind=FUNCTIONS,
-        name=name,
-        region=region,
-    )
+    secret = await new_host(stack, kind=FUNCTIONS, name=name, region=region)
     async with running_function_host(stack, secret, folder, region=region) as host:
         yield host
 
@@ -70,16 +66,7 @@ def function_host_settings(stack: Stack, secret: str, folder: Path) -> FunctionH
 async def proxy_host(stack: Stack, *, name: str = "proxies-1", region: str = "local") -> AsyncIterator[int]:
     """Take a host of proxies into service and run it; the port on which it carries them."""
     port = free_port()
-    _, secret = await add_host(
-        stack.server.store,
-        stack.server.catalog,
-        stack.clock,
-        stack.server.keys,
-        kind=PROXIES,
-        name=name,
-        region=region,
-        address=f"127.0.0.1:{port}",
-    )
+    secret = await new_host(stack, kind=PROXIES, name=name, region=region, address=f"127.0.0.1:{port}")
     async with running_proxy_host(stack, secret, port):
         yield port
 
@@ -113,3 +100,41 @@ async def running_proxy_host(stack: Stack, secret: str, port: int) -> AsyncItera
         work.cancel()
         with suppress(asyncio.CancelledError):
             await work
+
+
+@asynccontextmanager
+async def host_process(
+    stack: Stack, command: str, secret: str, folder: Path, **settings: object
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Run the host with this secret as an operator does, by a command and in a process of its own.
+
+    It is ended with the body, unless it has ended by then. Settings are variables, such as HTX_PROXY_PORT.
+    """
+    file = folder / "secret"
+    file.write_text(f"{secret}\n")
+    variables = {
+        "HTX_DATA_DIR": folder,
+        "HTX_HOST_SECRET_FILE": file,
+        "HTX_HOST_SERVER": f"127.0.0.1:{stack.settings.grpc_port}",
+        **settings,
+    }
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "controlplane",
+        command,
+        env={**os.environ, **{name: str(value) for name, value in variables.items()}},
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+        await process.wait()
+
+
+async def new_host(stack: Stack, **host: Any) -> str:
+    """Take a host into service, with what `add_host` must know of it; return its secret."""
+    server = stack.server
+    _, secret = await add_host(server.store, server.catalog, stack.clock, server.keys, **host)
+    return secret

@@ -57,28 +57,30 @@ class Proxy(Hosted, table=True):
         self.updated_at = now
 
 
-class ProxyUsage(SQLModel, table=True):
-    """What went through a proxy on one day (UTC): bytes of payload, and connections that were opened."""
+class Traffic(SQLModel):
+    """What went through a proxy: bytes of payload, and connections that were opened."""
 
-    __tablename__ = "proxy_usage"
-
-    proxy_id: str = Field(primary_key=True, foreign_key="proxies.id", ondelete="CASCADE")
-    day: date = Field(primary_key=True)
     bytes_up: int = Field(default=0, sa_type=BigInteger)
     bytes_down: int = Field(default=0, sa_type=BigInteger)
     connections: int = Field(default=0, sa_type=BigInteger)
 
 
-class ProxyCounter(SQLModel, table=True):
+class ProxyUsage(Traffic, table=True):
+    """What went through a proxy on one day (UTC)."""
+
+    __tablename__ = "proxy_usage"
+
+    proxy_id: str = Field(primary_key=True, foreign_key="proxies.id", ondelete="CASCADE")
+    day: date = Field(primary_key=True)
+
+
+class ProxyCounter(Traffic, table=True):
     """How far a host's process had counted when it was last added up, so that a report can be repeated."""
 
     __tablename__ = "proxy_counters"
 
     proxy_id: str = Field(primary_key=True, foreign_key="proxies.id", ondelete="CASCADE")
     process: str = Field(primary_key=True)
-    bytes_up: int = Field(default=0, sa_type=BigInteger)
-    bytes_down: int = Field(default=0, sa_type=BigInteger)
-    connections: int = Field(default=0, sa_type=BigInteger)
 
 
 def to_proto(proxy: Proxy, *, password: str | None = None) -> proxies_pb2.Proxy:

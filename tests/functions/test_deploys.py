@@ -1,23 +1,21 @@
 """Deploys under load, and hosts that are killed, through the real edge: nothing that was accepted is lost."""
 
 import asyncio
-import os
-import signal
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Self
 
 import pytest
 from sqlmodel import col, select
 
-from controlplane.hosts.admin import add_host, remove_host
+from controlplane.hosts.admin import remove_host
 from controlplane.hosts.model import FUNCTIONS as KIND
 from controlplane.hosts.model import Host
 from controlplane.local.postgres import EmbeddedPostgres
 from tests.conftest import new_storage
+from tests.hosts import host_process, new_host
 from tests.stack import Customer, Stack, eventually, free_port
 
 FUNCTIONS = "/api/portal/functions"
@@ -84,28 +82,14 @@ class Machine:
         self.secret = secret
         self.folder = folder
 
-    @asynccontextmanager
-    async def process(self) -> AsyncIterator[asyncio.subprocess.Process]:
+    def process(self) -> AbstractAsyncContextManager[asyncio.subprocess.Process]:
         """Run it as `controlplane functions-host` does."""
-        file = self.folder / "secret"
-        file.write_text(f"{self.secret}\n")
-        variables = {
-            "HTX_DATA_DIR": str(self.folder),
-            "HTX_HOST_SECRET_FILE": str(file),
-            "HTX_HOST_SERVER": f"127.0.0.1:{self.stack.settings.grpc_port}",
+        settings = {
             "HTX_FUNCTIONS_LISTEN": self.stack.settings.functions_address,
-            "HTX_FUNCTIONS_METRICS_PORT": str(free_port()),
-            "HTX_FUNCTIONS_UID": "420000",
+            "HTX_FUNCTIONS_METRICS_PORT": free_port(),
+            "HTX_FUNCTIONS_UID": 420_000,
         }
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "controlplane", "functions-host", env={**os.environ, **variables}
-        )
-        try:
-            yield process
-        finally:
-            if process.returncode is None:
-                process.send_signal(signal.SIGTERM)
-            await process.wait()
+        return host_process(self.stack, "functions-host", self.secret, self.folder, **settings)
 
     async def until_asks(self, before: str | None) -> str:
         """Wait for a start of the host after the one before; return what it is called."""
@@ -125,8 +109,7 @@ async def machine(folder: Path, database_url: str, postgres: EmbeddedPostgres, c
     async with Stack(folder / f"deploys-{kind}", database_url=storage, catalog=catalog) as stack:
         own = folder / f"killed-{kind}"
         own.mkdir(mode=0o711)
-        place = (stack.server.store, stack.server.catalog, stack.clock, stack.server.keys)
-        _, secret = await add_host(*place, kind=KIND, name="killed", region="local")
+        secret = await new_host(stack, kind=KIND, name="killed", region="local")
         yield Machine(stack, secret, own)
         await remove_host(stack.server.store, stack.clock, name="killed", force=True)
 

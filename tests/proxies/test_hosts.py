@@ -1,11 +1,8 @@
 """Hosts of proxies: who is let in as one, and what a proxy is while its host is away, killed, full or taken away."""
 
 import asyncio
-import os
-import signal
-import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +12,11 @@ from sqlalchemy import delete
 from sqlmodel import col, select
 
 from controlplane.api.hosts.v1 import hosts_pb2, hosts_pb2_grpc
-from controlplane.hosts.admin import HostError, add_host, remove_host
+from controlplane.hosts.admin import HostError, remove_host
 from controlplane.hosts.model import FUNCTIONS, LIVE_FOR, PROXIES, Host
 from controlplane.proxies.model import Proxy
 from tests.clock import MovableClock
-from tests.hosts import running_proxy_host
+from tests.hosts import host_process, new_host, running_proxy_host
 from tests.proxies.socks import connect, echo, lets_in, wait_until_cut
 from tests.stack import Customer, Stack, eventually, free_port
 
@@ -35,27 +32,10 @@ class Machine:
         self.port = port
         self.name = name
 
-    @asynccontextmanager
-    async def process(self, folder: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+    def process(self, folder: Path) -> AbstractAsyncContextManager[asyncio.subprocess.Process]:
         """Run it as `controlplane proxy-host` does, a process of its own."""
-        file = folder / "secret"
-        file.write_text(f"{self.secret}\n")
-        variables = {
-            "HTX_DATA_DIR": str(folder),
-            "HTX_HOST_SECRET_FILE": str(file),
-            "HTX_HOST_SERVER": f"127.0.0.1:{self.stack.settings.grpc_port}",
-            "HTX_PROXY_PORT": str(self.port),
-            "HTX_PROXY_METRICS_PORT": str(free_port()),
-        }
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "controlplane", "proxy-host", env={**os.environ, **variables}
-        )
-        try:
-            yield process
-        finally:
-            if process.returncode is None:
-                process.send_signal(signal.SIGTERM)
-            await process.wait()
+        ports = {"HTX_PROXY_PORT": self.port, "HTX_PROXY_METRICS_PORT": free_port()}
+        return host_process(self.stack, "proxy-host", self.secret, folder, **ports)
 
     async def order(self, customer: Customer, name: str) -> dict[str, Any]:
         """Order a proxy that this host is to carry."""
@@ -74,17 +54,8 @@ async def machine(stack: Stack) -> AsyncIterator[Machine]:
 
 async def _machine(stack: Stack, *, capacity: int = 1000) -> AsyncIterator[Machine]:
     port, name = free_port(), f"elsewhere-{free_port()}"
-    _, secret = await add_host(
-        stack.server.store,
-        stack.server.catalog,
-        stack.clock,
-        stack.server.keys,
-        kind=PROXIES,
-        name=name,
-        region="elsewhere",
-        address=f"127.0.0.1:{port}",
-        capacity=capacity,
-    )
+    address = f"127.0.0.1:{port}"
+    secret = await new_host(stack, kind=PROXIES, name=name, region="elsewhere", address=address, capacity=capacity)
     yield Machine(stack, secret, port, name)
     await remove_host(stack.server.store, stack.clock, name=name, force=True)
 
@@ -160,16 +131,7 @@ async def test_a_host_that_is_taken_away(machine: Machine, customer: Customer) -
     assert "out of service" in failed["progress"]["last_error"]
     await customer.call("DELETE", f"{REST}/a")
     await customer.until("gone", f"{REST}/a")
-    await add_host(
-        store,
-        machine.stack.server.catalog,
-        clock,
-        machine.stack.server.keys,
-        kind=PROXIES,
-        name=machine.name,
-        region="elsewhere",
-        address="127.0.0.1:1",
-    )
+    await new_host(machine.stack, kind=PROXIES, name=machine.name, region="elsewhere", address="127.0.0.1:1")
 
 
 async def test_a_host_is_never_over_its_capacity(stack: Stack, customer: Customer) -> None:
@@ -198,9 +160,7 @@ async def test_nobody_else_is_a_host(stack: Stack, customer: Customer, credentia
     if credential == "token":
         credential = f"Bearer {customer.token}"
     elif credential == "functions":
-        name = f"functions-{free_port()}"
-        place = (stack.server.store, stack.server.catalog, stack.clock, stack.server.keys)
-        _, secret = await add_host(*place, kind=FUNCTIONS, name=name, region="elsewhere")
+        secret = await new_host(stack, kind=FUNCTIONS, name=f"functions-{free_port()}", region="elsewhere")
         credential, code = f"Bearer {secret}", grpc.StatusCode.PERMISSION_DENIED
     stub: Any = hosts_pb2_grpc.ProxyHostServiceStub(stack.channel)
     for call, request in (
@@ -249,7 +209,7 @@ async def test_what_is_no_host(stack: Stack, wrong: dict[str, Any], complaint: s
     """A name, a region or an address that cannot be is refused in words."""
     given = {"kind": PROXIES, "name": "a", "region": "local", "address": "127.0.0.1:1080", **wrong}
     with pytest.raises(HostError, match=complaint):
-        await add_host(stack.server.store, stack.server.catalog, stack.clock, stack.server.keys, **given)
+        await new_host(stack, **given)
 
 
 async def _until_live(machine: Machine) -> None:
