@@ -12,7 +12,7 @@ from sqlalchemy import bindparam, text
 
 from controlplane.access.secrets import new_token
 from controlplane.accounts.admin import create_account
-from controlplane.api.v1 import backups_pb2_grpc, databases_pb2_grpc
+from controlplane.api.v1 import backups_pb2_grpc, databases_pb2_grpc, functions_pb2_grpc, proxies_pb2_grpc
 from controlplane.audit.log import AuditLog
 from controlplane.catalog.model import Catalog
 from controlplane.clock import SystemClock
@@ -32,7 +32,7 @@ Row = Mapping[str, Any]
 
 _CATALOG = Path(__file__).with_name("catalog.toml")
 SECONDS = 20.0  # within which everything is as ordered once the server is back
-_TABLES = ("databases", "backups")
+_TABLES = ("databases", "backups", "functions", "proxies")
 _BUSY = text(
     " UNION ALL ".join(
         f"SELECT 1 FROM {table} WHERE waiting_on IS NOT NULL OR lease_token IS NOT NULL"  # noqa: S608
@@ -59,13 +59,15 @@ class Refusal(Exception):
 class Installation:
     """A server in a folder of its own, for which `new_installation` has made an account with a token.
 
-    `clusters` are by engine. `process` is the server that runs, or ran last; `databases` and `backups` are its stubs,
-    to be called by `ask`.
+    `clusters` are by engine. `process` is the server that runs, or ran last; `databases`, `backups`, `functions` and
+    `proxies` are its stubs, to be called by `ask`.
     """
 
     process: Process
     databases: databases_pb2_grpc.DatabaseServiceStub
     backups: backups_pb2_grpc.BackupServiceStub
+    functions: functions_pb2_grpc.FunctionServiceStub
+    proxies: proxies_pb2_grpc.ProxyServiceStub
 
     def __init__(
         self,
@@ -102,6 +104,8 @@ class Installation:
         before, self._channel = self._channel, grpc.aio.insecure_channel(f"127.0.0.1:{port}")
         self.databases = databases_pb2_grpc.DatabaseServiceStub(self._channel)
         self.backups = backups_pb2_grpc.BackupServiceStub(self._channel)
+        self.functions = functions_pb2_grpc.FunctionServiceStub(self._channel)
+        self.proxies = proxies_pb2_grpc.ProxyServiceStub(self._channel)
         if before is not None:
             await before.close(grace=SECONDS)  # without it, who still waits for an answer there would be cancelled
 

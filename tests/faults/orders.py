@@ -22,7 +22,7 @@ class Order:
     """What a database is to become."""
 
     life: Life
-    kind: Transition
+    kind: Transition[Life]
 
     @property
     def name(self) -> str:
@@ -119,5 +119,5 @@ class Place:
 
         await eventually(are_so)
 
-    def _new_life(self, cluster: Cluster, kind: Transition) -> Life:
+    def _new_life(self, cluster: Cluster, kind: Transition[Life]) -> Life:
         return Life(self.installation, cluster, f"{cluster.engine}-{kind.name.replace(' ', '-')}-{self.turn}")

@@ -5,10 +5,11 @@ and not listed: statements and commands to clusters, programs, commits of the co
 happens to the files of backups.
 
 Each has moments: before it; amid it, after half of the time that it took when it was last seen; and after it. What is
-after one point is before the next, unless a customer gets an answer in between: so only the commit of an order has an
-"after". What the kernel does with a file has no "amid". What only reads or locks has no moment at all, as the world is
-the same before and behind it. The scope `everything` makes moments of all these too; `cluster` leaves out commits and
-files, which are the same for each engine.
+after one point is before the next, unless somebody gets an answer in between: so only the commit of an order, or of
+what a host has told, has an "after". What the kernel does with a file has no "amid". What only reads or locks has no
+moment at all, as the world is the same before and behind it; nor has what hosts report now and then, which would come
+anywhere between. The scope `everything` makes moments of all these too; `cluster` leaves out commits and files, which
+are the same for each engine.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ import signal
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
@@ -39,7 +41,7 @@ Moments = Collection[str]
 _OF_READING: Moments = ()
 _OF_A_FILE = ("before",)
 _OF_A_CHANGE = ("before", "amid")
-_OF_AN_ORDER = ("before", "amid", "after")
+_OF_AN_ANSWER = ("before", "amid", "after")
 # From the arguments of a call: what its point is called, and its moments; None if it is none.
 Name = Callable[..., tuple[str, Moments] | None]
 Scope = Literal["cluster", "usual", "everything"]
@@ -53,26 +55,42 @@ _READING_COMMANDS = {
     *("find", "getMore", "killCursors", "aggregate", "count", "listCollections", "listDatabases", "listIndexes"),
     *("usersInfo", "dbStats", "currentOp", "hello", "ping", "saslStart", "saslContinue", "endSessions"),
 }
+# One of these tables is changed for whom an answer follows: the record has what customers order, and nothing else; the
+# others have what a host has taken over, and how loading a function went.
+_ANSWERED = {"audit_entries", "hosts", "function_versions"}
+_NOW_AND_THEN = {
+    *("hosts", "function_log_batches", "function_log_heads", "function_log_lines", "proxy_counters", "proxy_usage"),
+}
 # What differs from run to run: ids, and the middle of a temporary file's name.
 _CHANCE = re.compile(r"\b[a-z]\w*_[0-9a-z]{26}|(?<=\.)[^.]{8}(?=\.part$)")
 
 
 class Points:
-    """Counts the moments of this process from when it is told to, and kills it at one of them."""
+    """Counts the moments of this process from when it is told to, and kills it at one of them.
+
+    Where several do things at once, a moment's number is not the same each time. So it has a name too: which of those
+    at its point it is, `before commit functions #2`; once told a name, the process reports that of each that comes.
+    """
 
     def __init__(self, report: Callable[[Mapping[str, Any]], None], *, scope: Scope) -> None:
         self._report = report
         self._scope = scope
         self._lock = threading.Lock()
         self._left = 0
+        self._named: str | None = None
+        self._came = Counter[str]()
         self._seconds: dict[str, float] = {}
         self._pause_at: list[str] = []
 
-    def arm(self, moment: int, seconds: dict[str, float]) -> None:
-        """Kill the process at the moment of this number from now, never for 0; `seconds` is what points take."""
+    def arm(self, moment: int | str, seconds: dict[str, float]) -> None:
+        """Kill the process at the moment of this number or name from now, never for 0 or an empty one.
+
+        `seconds` is what points take.
+        """
         signal.setitimer(signal.ITIMER_REAL, 0)  # or an alarm that comes too late would ring in what is done next
         with self._lock:
-            self._left = moment
+            self._left, self._named = (moment, None) if isinstance(moment, int) else (0, moment)
+            self._came.clear()
             self._seconds = seconds
 
     def pause_at(self, names: list[str]) -> None:
@@ -118,8 +136,13 @@ class Points:
         if self._scope == "cluster" and name.startswith(("commit", "file")):
             return False
         with self._lock:
-            self._left -= 1
-            return self._left == 0
+            if self._named is None:
+                self._left -= 1
+                return self._left == 0
+            point = f"{moment} {name}"
+            self._came[point] += 1
+            self._report({"came": f"{point} #{self._came[point]}"})
+            return self._named == f"{point} #{self._came[point]}"
 
     def _is_last(self, name: str) -> bool:
         with self._lock:
@@ -158,10 +181,15 @@ def _around_commits(points: Points) -> None:
 
     def name(_dialect: object, connection: Any) -> tuple[str, Moments]:
         changed = tables.pop(connection.dbapi_connection, {})
-        is_order = "audit_entries" in changed  # the record has what customers order, and nothing else
-        return f"commit {'+'.join(changed)}", _OF_AN_ORDER if is_order else _OF_A_CHANGE if changed else _OF_READING
+        return f"commit {'+'.join(changed)}", _moments_of_a_commit(set(changed))
 
     _wrap(points, DefaultDialect, "do_commit", name)
+
+
+def _moments_of_a_commit(changed: set[str]) -> Moments:
+    if changed <= _NOW_AND_THEN:  # or nothing at all
+        return _OF_READING
+    return _OF_AN_ANSWER if changed & _ANSWERED else _OF_A_CHANGE
 
 
 def _around_files(points: Points, backups: Path) -> None:

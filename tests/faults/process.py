@@ -18,14 +18,15 @@ from tests.stack import eventually
 class Process:
     """A server process, which can be killed or paused at one of its points (`points.py`).
 
-    `pid` is its number. `killed_at` is the moment at which it was killed, if it was. `seconds` learns how long each
-    point takes; the next process is told the same.
+    `pid` is its number. `killed_at` is the moment at which it was killed, if it was. `came` has the names of those that
+    came since it was told one. `seconds` learns how long each point takes; the next process is told the same.
     """
 
     pid: int
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, seconds: dict[str, float]) -> None:
         self.killed_at: str | None = None
+        self.came: list[str] = []
         self.ended = asyncio.Event()
         self.paused = asyncio.Event()
         self._writer = writer
@@ -39,8 +40,8 @@ class Process:
         await self._unless_ended(self._ready.wait())
         return self._ready.is_set()
 
-    async def arm(self, moment: int) -> None:
-        """Let it be killed at the moment of this number from now, at none for 0; it may have ended before."""
+    async def arm(self, moment: int | str) -> None:
+        """Let it be killed at the moment of this number or name from now (`Points.arm`); it may have ended before."""
         self._armed.clear()
         self._writer.write(json.dumps({"kill_at": moment, "seconds": self._seconds}).encode() + b"\n")
         await self._unless_ended(self._armed.wait())
@@ -83,6 +84,8 @@ class Process:
                 self._ready.set()
             case {"armed": _}:
                 self._armed.set()
+            case {"came": moment}:
+                self.came.append(moment)
             case {"passed": point, "seconds": seconds}:
                 self._seconds[point] = seconds
             case {"paused": _}:

@@ -30,6 +30,7 @@ import controlplane.cli.main  # noqa: F401 - it sets up what gRPC looks at when 
 from controlplane import reconcile, server
 from controlplane.databases import provisioner
 from controlplane.databases.engines import clickhouse, mongodb, mysql  # noqa: F401
+from controlplane.hosts import model as hosts
 from controlplane.observe import logs
 from controlplane.settings import Settings
 from tests.faults.points import Points, put_everywhere
@@ -44,6 +45,7 @@ def main(path: str) -> None:
     # What is done now and then is no part of a transition.
     server.FLUSH_EVERY = 3600.0  # type: ignore[attr-defined]
     provisioner._FIRST_LOOK = timedelta(hours=1)  # noqa: SLF001
+    hosts._PATIENCE = timedelta(seconds=0.1)  # noqa: SLF001 - less than a host takes to find a server that is back
     gc.freeze()  # or each server's collector would write to, and so copy, the memory that they share
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)

@@ -49,5 +49,6 @@ class Table:
         yield f"{faults} faults, {lost} losses"
         if not EVERYTHING:
             yield "Left out: commits and files on MongoDB and ClickHouse, which are as on the others;"
-            yield "two moments of three on ClickHouse, and of schedules, verifications, undeletes and forgetting."
+            yield "two moments of three on ClickHouse, and of schedules, verifications, undeletes, forgetting, and"
+            yield "variables of functions; each transition of functions and proxies on the other storage."
             yield "HTX_FAULTS=everything has them all."

@@ -14,11 +14,12 @@ from controlplane.local.postgres import EmbeddedPostgres
 from tests.clusters import Cluster, Refused
 from tests.conftest import new_storage
 from tests.faults.check import check
-from tests.faults.installation import Installation, Refusal, Uncertain, new_installation
+from tests.faults.installation import Installation, Refusal, new_installation
+from tests.faults.kill import kill
 from tests.faults.points import Scope
 from tests.faults.process import Launcher
-from tests.faults.table import EVERYTHING, Row, Table
-from tests.faults.transitions import TRANSITIONS, Life, Transition, begin, new_key
+from tests.faults.table import EVERYTHING, Table
+from tests.faults.transitions import TRANSITIONS, Life, begin
 
 # Where the control plane on each engine keeps its rows. Its commits, and the files of backups, are the same for each
 # engine: two are enough to kill it there too, one on either storage.
@@ -92,46 +93,11 @@ async def _kill_everywhere(installation: Installation, engine: str, wanted: set[
         row = table.row(engine, transition.name)
         try:
             for moment in itertools.count(1, 1 if EVERYTHING else max(transition.stride, STRIDES.get(engine, 1))):
-                if not await _kill(next(lives) if transition.is_own else patient, transition, moment, row):
+                life = next(lives) if transition.is_own else patient
+                if not await kill(life, transition, moment, row, check=check):
                     break
         except (AssertionError, Refused, Refusal, TimeoutError):
             row.lost = f"{traceback.format_exc()}\n{installation.log()}"
             return
     await installation.kill()
     assert not (await verify(installation.store, Keys.load(installation.folder / "keys.json"))).broken
-
-
-async def _kill(life: Life, transition: Transition, moment: int, row: Row) -> bool:
-    """Order a transition and kill the server at a moment of it; return whether it has so many.
-
-    Raises AssertionError for what is lost or left over.
-    """
-    installation = life.installation
-    if transition.prepare is not None:
-        await transition.prepare(life)
-    life.key = new_key()
-    process = installation.process
-    await process.arm(moment)
-    is_answered = True
-    try:
-        await transition.order(life)
-    except Uncertain:
-        is_answered = False
-    await installation.rest()
-    await process.arm(0)
-    if process.ended.is_set():
-        assert process.killed_at is not None, "the server has ended by itself: see its server.log"
-        row.moments.append(process.killed_at)
-        row.answered += is_answered
-        await installation.start_again()
-        await installation.rest()
-    await check(installation)
-    if not is_answered:
-        await transition.order(life)
-        await installation.rest()
-    await transition.check(life)
-    if transition.bring_back is not None:
-        await transition.bring_back(life)
-    has_moment = process.killed_at is not None
-    process.killed_at = None
-    return has_moment

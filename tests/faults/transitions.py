@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import grpc
 from sqlalchemy import bindparam, text
@@ -50,9 +50,13 @@ class Life:
         stub = self.installation.backups if "Backup" in method else self.installation.databases
         return await self.installation.ask(getattr(stub, method), request, key=self.key)
 
+    async def begin_order(self) -> None:
+        """Be at a new order."""
+        self.key = new_key()
+
     async def undisturbed(self, order: "Step", check: "Step") -> None:
         """Go through a transition that is not tested now."""
-        self.key = new_key()
+        await self.begin_order()
         await order(self)
         await self.installation.rest()
         await check(self)
@@ -96,11 +100,12 @@ class Life:
 
 
 Step = Callable[[Life], Awaitable[None]]
+LifeT = TypeVar("LifeT")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Transition:
-    """One order and its fulfilment, of a database that is ready, has a word in it and a backup.
+class Transition(Generic[LifeT]):
+    """One order and its fulfilment; a database is ready before it, and has a word in it and a backup.
 
     `order` may be sent again if its answer did not come. `check` raises AssertionError unless what was ordered is true.
     What comes before and behind is not disturbed: `prepare` brings the database to where it starts, `bring_back` to
@@ -109,10 +114,10 @@ class Transition:
     """
 
     name: str
-    order: Step
-    check: Step
-    prepare: Step | None = None
-    bring_back: Step | None = None
+    order: Callable[[LifeT], Awaitable[None]]
+    check: Callable[[LifeT], Awaitable[None]]
+    prepare: Callable[[LifeT], Awaitable[None]] | None = None
+    bring_back: Callable[[LifeT], Awaitable[None]] | None = None
     is_own: bool = False
     stride: int = 1
 
