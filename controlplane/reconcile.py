@@ -17,12 +17,13 @@ from datetime import datetime, timedelta
 from typing import Any, Protocol, TypeVar
 
 import structlog
-from sqlalchemy import CursorResult, Index, case, func, literal, or_, text, update
+from sqlalchemy import CursorResult, case, literal, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import Field, SQLModel, col, select
 
 from controlplane.api.v1 import progress_pb2
 from controlplane.clock import Clock
+from controlplane.due import Look
 from controlplane.events.feed import Feed
 from controlplane.observe.metrics import Metrics
 from controlplane.rpc.times import stamp
@@ -37,7 +38,6 @@ _LOOK_EVERY = 1.0  # seconds; for rows that another process ordered, and for the
 _BACKOFF_FIRST = 0.5
 _BACKOFF_LONGEST = 30.0
 _SECONDS_TO_STOP = 10.0
-_MOST_COUNTED = 1000
 _LEAST_SECONDS = 60.0  # what is past its deadline when the server comes back gets this one chance
 
 _log = structlog.get_logger("reconciler")
@@ -76,15 +76,6 @@ class Reconciled(SQLModel):
         self.last_error = None
         self.next_attempt_at = now
         self.deadline_at = now + within
-
-
-def due_indexes(table: str) -> tuple[Index, Index]:
-    """Return the indexes by which the rows of a table that are due are found at once, however many there are."""
-    ordered, looked_at = text("waiting_on IS NOT NULL"), text("waiting_on IS NULL")
-    return (
-        Index(f"ix_{table}_ordered", "next_attempt_at", sqlite_where=ordered, postgresql_where=ordered),
-        Index(f"ix_{table}_looked_at", "next_attempt_at", sqlite_where=looked_at, postgresql_where=looked_at),
-    )
 
 
 def progress_of(row: Reconciled) -> progress_pb2.Progress | None:
@@ -190,6 +181,7 @@ class Reconciler:
         self._feed = feed
         self._provisioners = provisioners
         self._metrics = metrics
+        self._looks = {each.kind: Look(each.model) for each in provisioners}
         self._woken = asyncio.Event()
         self._running: dict[asyncio.Task[None], str] = {}  # each with its kind
         self._loop: asyncio.Task[None] | None = None
@@ -270,40 +262,28 @@ class Reconciler:
         if not task.cancelled() and (error := task.exception()) is not None:
             _tell("a step's outcome could not be kept; its lease runs out", error)
 
-    async def _count_due(self, provisioner: Provisioner[Any]) -> list[tuple[bool, int]]:
+    async def _count_due(self, provisioner: Provisioner[Any]) -> tuple[tuple[bool, int], ...]:
         """Return how many orders and how many looks are due, by a read, so that an idle server writes nothing.
 
-        And tell the metrics. Of each at most so many are counted, as counting all would take as long as there are rows.
+        And tell the metrics.
         """
-        model, now = provisioner.model, self._clock.now()
-        counts, oldest = [], now
-        for is_ordered in (True, False):
-            due = select(model.next_attempt_at).where(*_is_due(model, now, is_ordered=is_ordered))
-            some = due.order_by(col(model.next_attempt_at)).limit(_MOST_COUNTED).subquery()
-            rows = await self._store.fetch(select(func.count(), func.min(some.c.next_attempt_at)).select_from(some))
-            counts.append((is_ordered, int(rows[0][0])))
-            oldest = min(oldest, rows[0][1] or now)
-        late = await self._store.fetch(select(func.count()).where(col(model.deadline_at) < now))
-        self._metrics.due.labels(provisioner.kind).set(sum(count for _, count in counts))
+        now = self._clock.now()
+        (found,) = await self._store.fetch(self._looks[provisioner.kind].count, {"now": now})
+        oldest = min(found.oldest_order or now, found.oldest_look or now)
+        self._metrics.due.labels(provisioner.kind).set(found.orders + found.looks)
         self._metrics.lag_seconds.labels(provisioner.kind).set((now - oldest).total_seconds())
-        self._metrics.overdue.labels(provisioner.kind).set(late[0][0])
-        return counts
+        self._metrics.overdue.labels(provisioner.kind).set(found.late)
+        return (True, found.orders), (False, found.looks)
 
     async def _claim(self, provisioner: Provisioner[RowT], *, is_ordered: bool) -> RowT | None:
         """Take the lease of the row that has been due longest, or None if there is none that is free."""
-        model, now = provisioner.model, self._clock.now()
-        first = (
-            select(model.id)
-            .where(*_is_due(model, now, is_ordered=is_ordered))
-            .order_by(col(model.next_attempt_at))
-            .limit(1)
-            .with_for_update(skip_locked=True, key_share=True)  # SQLite has one writer and leaves this out
-            .scalar_subquery()
-        )
-        lease = dict(zip(("lease_token", "lease_until"), _new_lease(now), strict=True))
+        now, look = self._clock.now(), self._looks[provisioner.kind]
+        token, until = _new_lease(now)
         async with self._store.session() as session:
-            claimed = await session.execute(update(model).where(col(model.id) == first).values(lease).returning(model))
-            row = claimed.scalar_one_or_none()
+            claimed = await session.execute(
+                look.claim_order if is_ordered else look.claim_look, {"now": now, "token": token, "until": until}
+            )
+            row: RowT | None = claimed.scalar_one_or_none()
             await session.commit()
             return row
 
@@ -441,12 +421,6 @@ def _tell(what: str, error: BaseException) -> None:
 
 def _new_lease(now: datetime) -> tuple[str, datetime]:
     return secrets.token_hex(16), now + LEASE
-
-
-def _is_due(model: type[Reconciled], now: datetime, *, is_ordered: bool) -> tuple[Any, ...]:
-    free = or_(col(model.lease_until).is_(None), col(model.lease_until) <= now)
-    waits = col(model.waiting_on).is_not(None) if is_ordered else col(model.waiting_on).is_(None)
-    return col(model.next_attempt_at) <= now, free, waits
 
 
 def _is_mine(model: type[Reconciled], row: Reconciled) -> tuple[Any, ...]:

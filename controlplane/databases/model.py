@@ -6,7 +6,8 @@ from sqlalchemy import JSON, BigInteger, Index, UniqueConstraint, text
 from sqlmodel import Field, SQLModel
 
 from controlplane.api.v1 import databases_pb2
-from controlplane.reconcile import DELETING, Reconciled, due_indexes, progress_of
+from controlplane.due import due_indexes
+from controlplane.reconcile import DELETING, Reconciled, progress_of
 from controlplane.rpc.times import stamp
 from controlplane.sql import UtcDateTime
 

@@ -17,6 +17,9 @@ class Installation(SQLModel, table=True):
     id: str
 
 
+_ID = select(Installation.id)
+
+
 async def name_of_new(store: Store, database_id: str) -> str:
     """Return the name for a new database: our installation and the database's own 26 characters, 32 altogether."""
     return f"{await prefix_of_ours(store)}{database_id.partition('_')[2]}"
@@ -29,5 +32,5 @@ def name_aside(object_name: str, backup_id: str) -> str:
 
 async def prefix_of_ours(store: Store) -> str:
     """Return what the names of this installation begin with."""
-    rows = await store.fetch(select(Installation.id))
+    rows = await store.fetch(_ID)
     return f"{rows[0].id}_"

@@ -3,14 +3,13 @@
 import structlog
 from sqlalchemy import CursorResult, text
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlmodel import col, select
 
 from controlplane.catalog.model import Catalog, Cluster
-from controlplane.databases.model import ClusterUse
 from controlplane.errors import Conflict
 
 _log = structlog.get_logger("placement")
 
+_USES = text("SELECT cluster, used FROM cluster_uses")
 _OPEN = text("INSERT INTO cluster_uses (cluster, used) VALUES (:cluster, 0) ON CONFLICT DO NOTHING")
 _TAKE = text("UPDATE cluster_uses SET used = used + 1 WHERE cluster = :cluster AND used < :capacity")
 _LEAVE = text("UPDATE cluster_uses SET used = used - 1 WHERE cluster = :cluster")
@@ -28,7 +27,7 @@ async def place(session: AsyncSession, catalog: Catalog, *, engine: str, region:
         raise Conflict(
             f"The region '{region}' has no {engine}, it has {has}: /api/portal/regions shows what can be ordered where."
         )
-    counted = await _uses(session, clusters)
+    counted: dict[str, int] = {row.cluster: row.used for row in await session.execute(_USES)}
     uses = dict.fromkeys((cluster.name for cluster in clusters), 0) | counted
     for cluster in sorted(clusters, key=lambda cluster: uses[cluster.name] - cluster.capacity):
         if cluster.name not in counted:
@@ -51,9 +50,3 @@ async def place(session: AsyncSession, catalog: Catalog, *, engine: str, region:
 async def leave(session: AsyncSession, cluster: str) -> None:
     """Give a place back, in the transaction that removes the database's row."""
     await session.execute(_LEAVE, {"cluster": cluster})
-
-
-async def _uses(session: AsyncSession, clusters: list[Cluster]) -> dict[str, int]:
-    names = [cluster.name for cluster in clusters]
-    rows = await session.scalars(select(ClusterUse).where(col(ClusterUse.cluster).in_(names)))
-    return {row.cluster: row.used for row in rows}
