@@ -22,6 +22,9 @@ from tests.stack import Customer, Stack, free_port
 
 CATALOG = Path(__file__).with_name("catalog.toml")
 
+_MEMORY = "/dev/shm"  # noqa: S108 - a file system that Linux keeps in memory
+_ROOM = 8 << 30  # bytes: what a whole run leaves lying until its end, and half as much again
+
 # How long an example takes says nothing on a machine that others share.
 hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
@@ -29,11 +32,22 @@ hypothesis.settings.load_profile("suite")
 
 @pytest.fixture(scope="session")
 def folder() -> Iterator[Path]:
-    """A folder with a path short enough for Unix sockets, which the embedded PostgreSQL's user may pass through."""
-    made = Path(tempfile.mkdtemp(prefix="htx-", dir="/tmp"))
+    """A folder with a path short enough for Unix sockets, which the embedded PostgreSQL's user may pass through.
+
+    It is in memory if there is room: our servers sync whatever they commit, and a disk takes its time for that.
+    """
+    made = Path(tempfile.mkdtemp(prefix="htx-", dir=_MEMORY if _has_room(_MEMORY) else "/tmp"))  # noqa: S108
     made.chmod(0o711 if os.geteuid() == 0 else 0o700)
     yield made
     shutil.rmtree(made)
+
+
+def _has_room(place: str) -> bool:
+    """Tell whether there is a file system of that much room, from which programs may be started."""
+    if not os.access(place, os.W_OK):
+        return False
+    found = os.statvfs(place)
+    return found.f_bavail * found.f_frsize >= _ROOM and not found.f_flag & os.ST_NOEXEC
 
 
 @pytest.fixture(scope="session")
