@@ -45,18 +45,22 @@ class Pair:
         self.there = there
         self.cluster = cluster
         self._launcher = launcher
+        self._answer: asyncio.Task[float] | None = None
 
     def order(self, kind: str) -> Order:
         """Return an order of a new database."""
         return Order(Life(self.there, self.cluster, f"paused-{next(_numbers)}"), KINDS[kind])
 
     async def pause(self, order: Order, *points: str) -> None:
-        """Order something, and pause the server where it comes to these points."""
+        """Order something, and pause the server where it comes to these points.
+
+        A step begins as soon as its order is committed, so the answer may come only when the server goes on.
+        """
         await order.prepare()
         await self._put_off_looks()
         async with asyncio.timeout(10):
             await self.there.process.pause_at(*points)
-            await order.give()
+            self._answer = asyncio.create_task(order.give())
             await self.there.process.paused.wait()
 
     async def _put_off_looks(self) -> None:
@@ -87,10 +91,12 @@ class Pair:
             await session.commit()
 
     async def go_on(self) -> None:
-        """Let the paused server go on until its step has come to an end; check that it did not count."""
+        """Let the paused server go on until it has answered, and its step has come to an end that does not count."""
         log = self.there.folder / "server.log"
         before = log.read_text().count('"Superseded"')
         self.there.process.go_on()
+        assert self._answer is not None
+        await self._answer
 
         async def has_ended() -> bool:
             return log.read_text().count('"Superseded"') > before
