@@ -243,7 +243,8 @@ async def test_who_is_paused_in_a_transaction_keeps_nobody_waiting_for_long(pair
         await order.prepare()
         await pair.there.process.pause_at("commit idempotency_keys")
         answer = asyncio.create_task(order.give())
-        await pair.there.process.paused.wait()
+        async with asyncio.timeout(10):
+            await pair.there.process.paused.wait()
         async with pair.other():
             await meanwhile.prepare()
             await meanwhile.give()
