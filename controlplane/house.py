@@ -33,7 +33,7 @@ from controlplane.backups.provisioner import BackupProvisioner
 from controlplane.backups.service import BackupService
 from controlplane.backups.storage import BackupStorage, storage_at
 from controlplane.backups.vault import Vault
-from controlplane.catalog.model import Catalog, CatalogError
+from controlplane.catalog.model import Catalog
 from controlplane.catalog.service import CatalogService
 from controlplane.clock import Clock
 from controlplane.databases.clusters import open_clusters
@@ -57,6 +57,7 @@ from controlplane.keys import Keys
 from controlplane.observe.metrics import Metrics, new_metrics
 from controlplane.observe.traces import Traces
 from controlplane.openapi.service import OpenApiService
+from controlplane.operator_error import OperatorError
 from controlplane.proxies.host_service import ProxyHostService
 from controlplane.proxies.provisioner import ProxyProvisioner
 from controlplane.proxies.service import ProxyService
@@ -71,20 +72,13 @@ from controlplane.sql import Store
 from controlplane.tokens.service import TokenService
 
 
-class StartError(Exception):
-    """The server cannot start; the message says why and what to do."""
-
-
 class House:
     """Everything that one server process has, put together and not yet running."""
 
     def __init__(self, settings: Settings, *, clock: Clock, engines: Mapping[str, Engine] | None) -> None:
-        """Read what must be readable.
-
-        Raises StartError, or CatalogError and KeyFileError from the files that they are about.
-        """
+        """Read what must be readable. Raises OperatorError for what is not."""
         catalog = Catalog.load(settings.catalog)
-        self.engines = _open_clusters(catalog, settings) if engines is None else engines
+        self.engines = open_clusters(catalog, settings) if engines is None else engines
         self.settings = settings
         self.clock = clock
         self.catalog = catalog.with_clusters(self.engines)
@@ -264,7 +258,7 @@ class House:
 def _limiter(settings: Settings, clock: Clock, metrics: Metrics) -> Limiter:
     """Return what counts requests: with others in Valkey, or for this process alone.
 
-    Raises StartError for a URL that is none.
+    Raises OperatorError for a URL that is none.
     """
     if not settings.valkey_url:
         return LocalLimiter(clock)
@@ -273,13 +267,13 @@ def _limiter(settings: Settings, clock: Clock, metrics: Metrics) -> Limiter:
     try:
         return ValkeyLimiter(settings.valkey_url, clock=clock, metrics=metrics)
     except ValueError as error:
-        raise StartError(f"HTX_VALKEY_URL: {error}") from None
+        raise OperatorError(f"HTX_VALKEY_URL: {error}") from None
 
 
 def _oidc(settings: Settings, keys: Keys, clock: Clock) -> OidcLogin | None:
     """Return the provider's own login, if there is one.
 
-    Raises StartError for an issuer that cannot be trusted.
+    Raises OperatorError for an issuer that cannot be trusted.
     """
     if not settings.oidc_issuer:
         return None
@@ -293,20 +287,13 @@ def _oidc(settings: Settings, keys: Keys, clock: Clock) -> OidcLogin | None:
             clock=clock,
         )
     except ValueError as error:
-        raise StartError(f"HTX_OIDC_ISSUER: {error}") from None
-
-
-def _open_clusters(catalog: Catalog, settings: Settings) -> dict[str, Engine]:
-    try:
-        return open_clusters(catalog, settings)
-    except CatalogError as error:
-        raise StartError(str(error)) from None
+        raise OperatorError(f"HTX_OIDC_ISSUER: {error}") from None
 
 
 def open_storage(settings: Settings) -> BackupStorage:
     """Return the storage of backups.
 
-    Raises StartError for a URL that is none.
+    Raises OperatorError for a URL that is none.
     """
     try:
         return storage_at(
@@ -315,4 +302,4 @@ def open_storage(settings: Settings) -> BackupStorage:
             secret_key=settings.backup_secret_key,
         )
     except ValueError as error:
-        raise StartError(str(error)) from None
+        raise OperatorError(str(error)) from None

@@ -18,11 +18,13 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from controlplane.operator_error import OperatorError
+
 _KEY_BYTES = 32
 _NONCE_BYTES = 12  # NIST SP 800-38D: 96 bits
 
 
-class KeyFileError(Exception):
+class KeyFileError(OperatorError):
     """The key file cannot be used; the message says why."""
 
 

@@ -20,8 +20,9 @@ from controlplane.accounts.model import Account
 from controlplane.clock import Clock, SystemClock
 from controlplane.databases.engines.engine import Engine
 from controlplane.hosts.interceptor import HOST_SERVICES
-from controlplane.house import House, StartError
+from controlplane.house import House
 from controlplane.migrations import migrate
+from controlplane.operator_error import OperatorError
 from controlplane.rpc.contract import rpcs
 from controlplane.settings import HEALTH_CHECK_EVERY, HEALTH_CHECK_PATIENCE, Settings
 from controlplane.tokens.expiry import end_what_is_over
@@ -70,7 +71,7 @@ class Server:
     async def start(self) -> None:
         """Migrate, then listen.
 
-        Raises StartError when a port is taken or the catalogue does not fit the accounts.
+        Raises OperatorError when a port is taken or the catalogue does not fit the accounts.
         """
         await migrate(self.store)
         await self._check_plans()
@@ -91,12 +92,12 @@ class Server:
     def expose_metrics(self) -> None:
         """Serve the Prometheus metrics on their own loopback port, from a thread.
 
-        Raises StartError when the port is taken.
+        Raises OperatorError when the port is taken.
         """
         try:
             start_http_server(self.settings.metrics_port, addr="127.0.0.1", registry=self.metrics.registry)
         except OSError as error:
-            raise StartError(
+            raise OperatorError(
                 f"Port {self.settings.metrics_port} cannot be used ({error.strerror}): set HTX_METRICS_PORT."
             ) from None
 
@@ -126,9 +127,9 @@ class Server:
         self._add_port(f"{self.settings.grpc_host}:{self.settings.grpc_port}", "HTX_GRPC_PORT")
         path = self.settings.server_socket
         if path not in self.settings.server_sockets:
-            raise StartError(f"The edge would send nothing to {path}: set HTX_SOCKET to one of HTX_SERVERS.")
+            raise OperatorError(f"The edge would send nothing to {path}: set HTX_SOCKET to one of HTX_SERVERS.")
         if _is_served(path):
-            raise StartError(f"Another server listens on {path}: set HTX_SOCKET, or HTX_DATA_DIR.")
+            raise OperatorError(f"Another server listens on {path}: set HTX_SOCKET, or HTX_DATA_DIR.")
         path.parent.mkdir(parents=True, exist_ok=True)
         mask = os.umask(0o117)  # the socket is made here: for its owner and group only
         try:
@@ -140,15 +141,15 @@ class Server:
         try:
             self._grpc.add_insecure_port(address)
         except RuntimeError as error:
-            raise StartError(f"{address} cannot be used; is another server running? Else set {setting}.") from error
+            raise OperatorError(f"{address} cannot be used; is another server running? Else set {setting}.") from error
 
     async def _check_plans(self) -> None:
-        """Raise StartError if an account has a plan that the catalogue does not."""
+        """Raise OperatorError if an account has a plan that the catalogue does not."""
         plans = [plan.name for plan in self.catalog.plans]
         rows = await self.store.fetch(select(Account.plan).where(col(Account.plan).not_in(plans)).distinct())
         if rows:
             missing = ", ".join(row.plan for row in rows)
-            raise StartError(f"There are accounts with plans that the catalogue lacks: {missing}. Put them back.")
+            raise OperatorError(f"There are accounts with plans that the catalogue lacks: {missing}. Put them back.")
 
     async def _look_after_tokens(self) -> None:
         await self.uses.flush()  # first: an old secret that was used just now does not end early

@@ -12,7 +12,8 @@ from typing import Any
 
 from controlplane.functions.host.host import FunctionHost, FunctionHostSettings
 from controlplane.hosts.admin import add_host
-from controlplane.hosts.model import FUNCTIONS, PROXIES, live_hosts
+from controlplane.hosts.kinds import FUNCTIONS, PROXIES
+from controlplane.hosts.model import live_hosts
 from controlplane.proxies.host.host import ProxyHost, ProxyHostSettings
 from tests.stack import Stack, eventually, free_port
 

@@ -15,13 +15,14 @@ from controlplane.audit.log import AuditLog
 from controlplane.catalog.model import Catalog
 from controlplane.clock import Clock
 from controlplane.ids import new_id
+from controlplane.operator_error import OperatorError
 from controlplane.sql import Store
 
 SHORTEST_PASSWORD = 12  # characters; NIST SP 800-63B asks for 8, and a provider's customer has more to lose
 _LONGEST_EMAIL = 254  # RFC 5321
 
 
-class AccountError(Exception):
+class AccountError(OperatorError):
     """An account cannot be made or changed; the message says why."""
 
 

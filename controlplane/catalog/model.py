@@ -10,6 +10,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from controlplane.operator_error import OperatorError
+
 BUILT_IN = Path(__file__).with_name("default.toml")
 EMBEDDED = "embedded"
 
@@ -20,7 +22,7 @@ _EMBEDDABLE = ("postgresql", "mysql", "clickhouse")
 _FAMILY = {"db": ("postgresql", "mysql", "mongodb"), "ch": ("clickhouse",)}
 
 
-class CatalogError(Exception):
+class CatalogError(OperatorError):
     """The catalogue cannot be used; each of `problems` says where and why."""
 
     def __init__(self, path: Path, problems: list[str]) -> None:

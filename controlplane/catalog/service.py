@@ -7,7 +7,8 @@ import grpc
 from controlplane.api.v1 import catalog_pb2, catalog_pb2_grpc
 from controlplane.catalog.model import Catalog, Region
 from controlplane.clock import Clock
-from controlplane.hosts.model import FUNCTIONS, PROXIES, live_hosts
+from controlplane.hosts.kinds import FUNCTIONS, PROXIES
+from controlplane.hosts.model import live_hosts
 from controlplane.sql import Store
 
 Context = grpc.aio.ServicerContext[Any, Any]

@@ -1,4 +1,4 @@
-"""The operator's command, `controlplane`: a module for each topic of its commands, and `main.py` for the whole."""
+"""The operator's command, `controlplane`: `main.py`, and a module for each of its commands, which has its name."""
 
 import os
 import sys

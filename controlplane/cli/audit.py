@@ -12,8 +12,8 @@ from controlplane.accounts.model import Account
 from controlplane.audit.verify import Verdict, verify
 from controlplane.cli.settings import read_settings
 from controlplane.cli.store import check_schema
-from controlplane.house import StartError
 from controlplane.keys import Keys
+from controlplane.operator_error import OperatorError
 from controlplane.settings import Settings
 from controlplane.sql import Store
 
@@ -46,7 +46,7 @@ async def _verify(settings: Settings) -> tuple[Verdict, dict[str, str]]:
     needed = [keys, Path(url.database or "")] if url.get_backend_name() == "sqlite" else [keys]
     for file in needed:
         if not file.exists():  # it would be made now
-            raise StartError(f"{file} is not there: what is to be verified?")
+            raise OperatorError(f"{file} is not there: what is to be verified?")
     store = Store(settings.storage_url)
     try:
         await check_schema(store)

@@ -15,9 +15,11 @@ from controlplane.cli.store import check_schema
 from controlplane.clock import SystemClock
 from controlplane.databases.clusters import open_clusters
 from controlplane.doctor import Difference, Doctor, Kind
-from controlplane.hosts.model import FUNCTIONS, live_hosts
-from controlplane.house import StartError, open_storage
+from controlplane.hosts.kinds import FUNCTIONS
+from controlplane.hosts.model import live_hosts
+from controlplane.house import open_storage
 from controlplane.observe import logs
+from controlplane.operator_error import OperatorError
 from controlplane.settings import Settings
 from controlplane.sql import Store
 
@@ -35,7 +37,7 @@ def doctor() -> None:
     logs.configure(settings)
     url = make_url(settings.storage_url)
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():  # it would be made now
-        raise StartError(f"{url.database} is not there: start the server first, or set HTX_DATA_DIR to its folder.")
+        raise OperatorError(f"{url.database} is not there: start the server first, or set HTX_DATA_DIR to its folder.")
     found, looked_at = asyncio.run(_examine(settings))
     for kind in Kind:
         if lines := [each for each in found if each.kind == kind]:

@@ -6,7 +6,7 @@ from typing import Any
 import click
 from pydantic import ValidationError
 
-from controlplane.house import StartError
+from controlplane.operator_error import OperatorError
 from controlplane.settings import Settings
 
 _SECRET_SETTINGS = {"backup_secret_key", "database_url", "oidc_client_secret", "valkey_url"}
@@ -27,14 +27,28 @@ def settings() -> None:
 def read_settings() -> Settings:
     """Return the settings.
 
-    Raises StartError, in words, for those that cannot be used.
+    Raises OperatorError, in words, for those that cannot be used.
     """
     try:
         return Settings()
     except ValidationError as error:
-        raise StartError("; ".join(_in_words(problem) for problem in error.errors())) from None
+        raise OperatorError("; ".join(_in_words(problem) for problem in error.errors())) from None
     except ValueError as error:
-        raise StartError(str(error)) from None
+        raise OperatorError(str(error)) from None
+
+
+def read_host_secret(settings: Settings, kind: str) -> str:
+    """Return the secret of this machine's host of a kind.
+
+    Raises OperatorError without one.
+    """
+    file = settings.secret_file(kind)
+    if not file.is_file():
+        raise OperatorError(
+            f"{file} is not there: make a secret with `controlplane host add NAME --kind {kind}`, write it to a file, "
+            "and point HTX_HOST_SECRET_FILE there."
+        )
+    return file.read_text().strip()
 
 
 def _in_words(problem: Any) -> str:

@@ -15,7 +15,8 @@ from controlplane.api.v1 import functions_pb2
 from controlplane.clock import Clock
 from controlplane.errors import BrokenRule, InvalidField, TimedOut, TooLarge, TooManyCalls, Unavailable
 from controlplane.functions.model import Function
-from controlplane.hosts.model import FUNCTIONS, Host, live_hosts
+from controlplane.hosts.kinds import FUNCTIONS
+from controlplane.hosts.model import Host, live_hosts
 from controlplane.keys import Keys
 from controlplane.sql import Store
 

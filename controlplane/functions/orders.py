@@ -14,7 +14,8 @@ from controlplane.functions.archive import ArchiveError, default_entrypoint, sou
 from controlplane.functions.logs import begin_log
 from controlplane.functions.model import BUILDING, READY, Function
 from controlplane.functions.versions import Code, Versions, find_earlier, find_version, read_code, settings_of
-from controlplane.hosts.model import FUNCTIONS, live_hosts
+from controlplane.hosts.kinds import FUNCTIONS
+from controlplane.hosts.model import live_hosts
 from controlplane.ids import new_id
 from controlplane.reconcile import FAILED
 from controlplane.rpc.call import Call

@@ -9,7 +9,8 @@ from controlplane.access import quota
 from controlplane.clock import Clock
 from controlplane.functions.logs import end_log
 from controlplane.functions.model import HOSTS, READY, Function, FunctionVersion
-from controlplane.hosts.model import FUNCTIONS, Host, live_hosts
+from controlplane.hosts.kinds import FUNCTIONS
+from controlplane.hosts.model import Host, live_hosts
 from controlplane.reconcile import DELETING, FAILED, Failed, Gone, NotYet, Outcome, Settled
 from controlplane.sql import Store
 

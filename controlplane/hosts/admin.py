@@ -10,19 +10,20 @@ from sqlmodel import col, select
 from controlplane.access.secrets import new_host_secret
 from controlplane.catalog.model import Catalog
 from controlplane.clock import Clock
-from controlplane.hosts.model import FUNCTIONS, PROXIES, Host
+from controlplane.hosts.kinds import PROXIES
+from controlplane.hosts.model import Host
 from controlplane.ids import new_id
 from controlplane.keys import Keys
+from controlplane.operator_error import OperatorError
 from controlplane.proxies.model import Proxy
 from controlplane.sql import Store
 
-KINDS = (FUNCTIONS, PROXIES)
 _NAME = re.compile("[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+):([0-9]{1,5})")
 _LAST_PORT = 65535
 
 
-class HostError(Exception):
+class HostError(OperatorError):
     """A host cannot be taken into service or out of it; the message says why."""
 
 

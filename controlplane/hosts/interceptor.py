@@ -9,7 +9,8 @@ from sqlmodel import col, select
 
 from controlplane.access.secrets import is_well_formed_host_secret
 from controlplane.api.hosts.v1 import hosts_pb2
-from controlplane.hosts.model import FUNCTIONS, PROXIES, Host
+from controlplane.hosts.kinds import FUNCTIONS, PROXIES
+from controlplane.hosts.model import Host
 from controlplane.keys import Keys
 from controlplane.sql import Remembered, Store
 

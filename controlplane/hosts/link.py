@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable
 import grpc
 import structlog
 
+from controlplane.operator_error import OperatorError
+
 _TRY_AGAIN_FIRST = 0.2  # seconds
 _TRY_AGAIN_LONGEST = 5.0
 _OPTIONS = [
@@ -20,7 +22,7 @@ _OPTIONS = [
 _log = structlog.get_logger("link")
 
 
-class LinkError(Exception):
+class LinkError(OperatorError):
     """A host cannot work, however often it asks; the message says why."""
 
 

@@ -10,8 +10,6 @@ from controlplane.clock import Clock
 from controlplane.reconcile import Reconciled
 from controlplane.sql import Store, UtcDateTime
 
-FUNCTIONS = "functions"
-PROXIES = "proxies"
 # A host asks at least every five seconds; one that has not for so long is away, and nobody waits for it.
 LIVE_FOR = timedelta(seconds=15)
 # As a rule a host has taken an order over before that; it is not asked about sooner.

@@ -9,12 +9,13 @@ from pathlib import Path
 import structlog
 
 from controlplane.local.child import Child
+from controlplane.operator_error import OperatorError
 
 _START_TIMEOUT = 30.0
 _POLL = 0.02
 
 
-class EmbeddedClickHouseError(Exception):
+class EmbeddedClickHouseError(OperatorError):
     """The embedded ClickHouse does not run; the sentence tells the operator why and what to do."""
 
 

@@ -15,6 +15,7 @@ from urllib.parse import quote
 import structlog
 
 from controlplane.local.child import Child
+from controlplane.operator_error import OperatorError
 
 _START_TIMEOUT = 60.0  # after a crash it first replays its log
 _STOP_TIMEOUT = 20.0
@@ -50,7 +51,7 @@ _CONFIG = {
 }
 
 
-class EmbeddedMariaDBError(Exception):
+class EmbeddedMariaDBError(OperatorError):
     """The embedded MariaDB does not run; the sentence tells the operator why and what to do."""
 
 

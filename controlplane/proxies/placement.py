@@ -7,7 +7,8 @@ from sqlmodel import col, select
 
 from controlplane.clock import Clock
 from controlplane.errors import Conflict
-from controlplane.hosts.model import LIVE_FOR, PROXIES, Host
+from controlplane.hosts.kinds import PROXIES
+from controlplane.hosts.model import LIVE_FOR, Host
 
 _log = structlog.get_logger("placement")
 

@@ -19,7 +19,8 @@ from controlplane.databases.engines.engine import ClusterUnavailable, Observatio
 from controlplane.databases.model import DELETED, STOPPED, UPDATING
 from controlplane.databases.sweep import STORAGE
 from controlplane.doctor import Difference, Doctor, Kind
-from controlplane.hosts.model import FUNCTIONS, Host
+from controlplane.hosts.kinds import FUNCTIONS
+from controlplane.hosts.model import Host
 from controlplane.local.postgres import EmbeddedPostgres
 from controlplane.reconcile import DELETING, FAILED
 from controlplane.tables import METADATA

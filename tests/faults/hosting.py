@@ -18,7 +18,7 @@ from controlplane.functions.host import directory
 from controlplane.functions.host.host import FunctionHost, FunctionHostSettings
 from controlplane.hosts import link
 from controlplane.hosts.admin import add_host
-from controlplane.hosts.model import FUNCTIONS, PROXIES
+from controlplane.hosts.kinds import FUNCTIONS, PROXIES
 from controlplane.keys import Keys
 from controlplane.proxies.host import server
 from controlplane.proxies.host.host import ProxyHost, ProxyHostSettings

@@ -13,7 +13,8 @@ import uvicorn
 
 from controlplane.api.hosts.v1 import hosts_pb2, hosts_pb2_grpc
 from controlplane.hosts.admin import add_host, remove_host
-from controlplane.hosts.model import FUNCTIONS, Host
+from controlplane.hosts.kinds import FUNCTIONS
+from controlplane.hosts.model import Host
 from tests.stack import Stack, eventually
 
 REGION = "elsewhere"  # where the real hosts of other tests are not

@@ -11,7 +11,7 @@ import pytest
 from sqlmodel import col, select
 
 from controlplane.hosts.admin import remove_host
-from controlplane.hosts.model import FUNCTIONS as KIND
+from controlplane.hosts.kinds import FUNCTIONS as KIND
 from controlplane.hosts.model import Host
 from controlplane.local.postgres import EmbeddedPostgres
 from tests.conftest import new_storage

@@ -13,7 +13,8 @@ from sqlmodel import col, select
 
 from controlplane.api.hosts.v1 import hosts_pb2, hosts_pb2_grpc
 from controlplane.hosts.admin import HostError, remove_host
-from controlplane.hosts.model import FUNCTIONS, LIVE_FOR, PROXIES, Host
+from controlplane.hosts.kinds import FUNCTIONS, PROXIES
+from controlplane.hosts.model import LIVE_FOR, Host
 from controlplane.proxies.model import Proxy
 from tests.clock import MovableClock
 from tests.hosts import host_process, new_host, running_proxy_host

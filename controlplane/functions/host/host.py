@@ -31,6 +31,7 @@ from controlplane.functions.host.metrics import Metrics
 from controlplane.functions.host.pool import Limits, Room
 from controlplane.functions.host.sandbox import Sandbox
 from controlplane.hosts.link import Link
+from controlplane.operator_error import OperatorError
 
 _PULL_WAIT = 4  # seconds; the control plane takes a host that asks less often than every five for one that is away
 _PATIENCE = 10.0  # beyond that, for any question to the control plane
@@ -40,10 +41,6 @@ _DRAIN = 70  # seconds; a call may take 60
 _KEEP_ALIVE = 2 * 3600
 
 _log = structlog.get_logger("functions")
-
-
-class HostError(Exception):
-    """The host cannot start; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +61,7 @@ class FunctionHostSettings:
 async def run(settings: FunctionHostSettings) -> None:
     """Run a host until SIGTERM or SIGINT.
 
-    Raises HostError or SandboxUnavailable if it cannot start, LinkError once the control plane will not have it.
+    Raises OperatorError if it cannot start, LinkError once the control plane will not have it.
     """
     host = FunctionHost(settings)
     await host.start()
@@ -98,7 +95,7 @@ class FunctionHost:
         self._held: set[str] | None = None
 
     async def start(self) -> None:
-        """Serve, and begin to follow the control plane. Raises HostError or SandboxUnavailable."""
+        """Serve, and begin to follow the control plane. Raises OperatorError."""
         async with AsyncExitStack() as begun:
             begun.push_async_callback(self._link.close)
             listener = begun.enter_context(_listening(self._settings.listen))
@@ -214,7 +211,7 @@ def _exposed(metrics: Metrics, port: int) -> Iterator[None]:
     try:
         server, thread = start_http_server(port, addr="127.0.0.1", registry=metrics.registry)
     except OSError as error:
-        raise HostError(f"Port {port} cannot be used for metrics ({error.strerror}): choose another.") from None
+        raise OperatorError(f"Port {port} cannot be used for metrics ({error.strerror}): choose another.") from None
     try:
         yield
     finally:
@@ -230,7 +227,7 @@ def _listening(address: str) -> Iterator[socket.socket]:
     try:
         listener = _bind(address) if path is None else _bind_at(path)
     except (OSError, ValueError) as error:
-        raise HostError(f"Nobody can listen at '{address}' ({error}): is another host running?") from None
+        raise OperatorError(f"Nobody can listen at '{address}' ({error}): is another host running?") from None
     try:
         yield listener
     finally:

@@ -31,6 +31,7 @@ from controlplane.functions.host.network import NAMESERVER, Network, look_at_net
 from controlplane.functions.host.network import PROGRAMS as NETWORK_PROGRAMS
 from controlplane.functions.host.runtimes import Name, Runtime, find_runtimes
 from controlplane.functions.host.seccomp import NoSeccomp, make_filter
+from controlplane.operator_error import OperatorError
 
 PROCESSES = 128  # of a cell, threads counted; three of them are bubblewrap's, one the network's
 CORES = 1.0
@@ -57,7 +58,7 @@ _PROBE_SECONDS = 20.0
 _log = structlog.get_logger("functions")
 
 
-class SandboxUnavailable(Exception):
+class SandboxUnavailable(OperatorError):
     """Functions cannot be run safely here; `problems` has all that is missing, in sentences that say what to do."""
 
     def __init__(self, problems: Sequence[str]) -> None:

@@ -10,8 +10,9 @@ import httpx
 import pytest
 
 from controlplane.api.hosts.v1 import hosts_pb2
-from controlplane.functions.host.host import FunctionHost, FunctionHostSettings, HostError
+from controlplane.functions.host.host import FunctionHost, FunctionHostSettings
 from controlplane.hosts.link import LinkError
+from controlplane.operator_error import OperatorError
 from tests.functions.host.conftest import answering, client_of, get, running_host, settings_for, until_answers
 from tests.functions.host.control import ACCOUNT, Control, processes_of
 from tests.stack import eventually, free_port
@@ -284,7 +285,7 @@ async def test_a_place_that_is_taken(folder: Path, own: Control) -> None:
         function = await own.deploy(answering(1))
         for taken in ("listen", "metrics_port"):
             second = FunctionHost(settings_for(folder, own, **{taken: getattr(first, taken)}))
-            with pytest.raises(HostError):
+            with pytest.raises(OperatorError):
                 await second.start()
         with pytest.raises(Exception, match="Another host uses"):
             await FunctionHost(settings_for(folder, own, data_dir=first.data_dir)).start()

@@ -9,7 +9,7 @@ from controlplane.cli.settings import read_settings
 from controlplane.cli.store import with_store
 from controlplane.clock import SystemClock
 from controlplane.hosts import admin
-from controlplane.hosts.model import PROXIES
+from controlplane.hosts.kinds import KINDS, PROXIES
 from controlplane.keys import Keys
 
 
@@ -20,7 +20,7 @@ def host() -> None:
 
 @host.command("add")
 @click.argument("name")
-@click.option("--kind", type=click.Choice(admin.KINDS), required=True, help="What it carries.")
+@click.option("--kind", type=click.Choice(KINDS), required=True, help="What it carries.")
 @click.option("--region", help="A region of the catalogue; its default when not given.")
 @click.option("--address", default="", help="Where customers reach a host of proxies, as HOST:PORT.")
 @click.option("--capacity", default=1000, show_default=True, help="How many proxies it takes.")

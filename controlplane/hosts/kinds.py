@@ -1,0 +1,5 @@
+"""What a host can carry."""
+
+FUNCTIONS = "functions"
+PROXIES = "proxies"
+KINDS = (FUNCTIONS, PROXIES)
