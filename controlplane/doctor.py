@@ -23,7 +23,7 @@ from controlplane.databases.sweep import STORAGE, Found, find_orphans
 from controlplane.functions.model import Function
 from controlplane.hosts.model import LIVE_FOR, Host
 from controlplane.proxies.model import Proxy
-from controlplane.reconcile import FAILED, Reconciled
+from controlplane.reconcile.model import FAILED, Reconciled
 from controlplane.sql import Store
 
 _ALIVE = col(Database.deleted_at).is_(None)

@@ -7,9 +7,9 @@ from sqlmodel import Field, col, select
 
 from controlplane.api.v1 import backups_pb2
 from controlplane.databases.model import Database
-from controlplane.due import due_indexes
 from controlplane.ids import new_id
-from controlplane.reconcile import DELETING, Reconciled, progress_of
+from controlplane.reconcile.due import due_indexes
+from controlplane.reconcile.model import DELETING, Reconciled, progress_of
 from controlplane.rpc.times import stamp
 from controlplane.sql import UtcDateTime
 

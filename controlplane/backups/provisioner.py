@@ -20,7 +20,9 @@ from controlplane.databases.engines.engine import Busy, ClusterUnavailable, Engi
 from controlplane.databases.model import Database
 from controlplane.databases.names import name_aside
 from controlplane.databases.target import as_not_yet, engine_of, target_of
-from controlplane.reconcile import DELETING, FAILED, Gone, News, Outcome, Settled, check_lease
+from controlplane.reconcile.lease import check_lease
+from controlplane.reconcile.model import DELETING, FAILED
+from controlplane.reconcile.step import Gone, News, Outcome, Settled
 from controlplane.sql import Store
 
 _TELL_EVERY = timedelta(seconds=2)

@@ -6,8 +6,8 @@ from sqlalchemy import JSON, BigInteger, Index, UniqueConstraint, text
 from sqlmodel import Field, SQLModel
 
 from controlplane.api.v1 import databases_pb2
-from controlplane.due import due_indexes
-from controlplane.reconcile import DELETING, Reconciled, progress_of
+from controlplane.reconcile.due import due_indexes
+from controlplane.reconcile.model import DELETING, Reconciled, progress_of
 from controlplane.rpc.times import stamp
 from controlplane.sql import UtcDateTime
 

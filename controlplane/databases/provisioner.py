@@ -27,7 +27,9 @@ from controlplane.databases.target import as_not_yet, engine_of, target_of
 from controlplane.errors import QuotaExceeded
 from controlplane.events.feed import Feed
 from controlplane.keys import Keys
-from controlplane.reconcile import DELETING, Failed, Gone, News, NotYet, Outcome, Settled, check_lease
+from controlplane.reconcile.lease import check_lease
+from controlplane.reconcile.model import DELETING
+from controlplane.reconcile.step import Failed, Gone, News, NotYet, Outcome, Settled
 from controlplane.sql import Store
 
 _FIRST_LOOK = timedelta(seconds=5)  # its size and sessions are shown soon, and the order need not wait for them

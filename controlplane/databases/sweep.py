@@ -29,7 +29,8 @@ from controlplane.databases.engines.engine import Busy, Check, ClusterUnavailabl
 from controlplane.databases.model import Database
 from controlplane.databases.names import prefix_of_ours
 from controlplane.observe.metrics import Metrics
-from controlplane.reconcile import NotYet, check_lease
+from controlplane.reconcile.lease import check_lease
+from controlplane.reconcile.step import NotYet
 from controlplane.sql import Store, UtcDateTime
 
 STORAGE = "backup_storage"  # the place that is no cluster; with an underscore, which no cluster's name has

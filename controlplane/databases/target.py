@@ -7,7 +7,7 @@ from controlplane.backups.storage import StorageUnavailable
 from controlplane.catalog.model import Catalog
 from controlplane.databases.engines.engine import Busy, ClusterUnavailable, Engine, EngineError, Target
 from controlplane.databases.model import Database
-from controlplane.reconcile import NotYet
+from controlplane.reconcile.step import NotYet
 
 
 def engine_of(database: Database, engines: Mapping[str, Engine]) -> Engine:

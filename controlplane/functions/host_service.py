@@ -25,7 +25,7 @@ from controlplane.hosts.interceptor import current_host
 from controlplane.hosts.model import Host
 from controlplane.hosts.pulls import Pulls
 from controlplane.keys import Keys
-from controlplane.reconcile import DELETING, FAILED
+from controlplane.reconcile.model import DELETING, FAILED
 from controlplane.rpc.call import Call
 from controlplane.rpc.contract import rpcs
 from controlplane.sql import Store

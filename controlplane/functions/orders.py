@@ -17,7 +17,7 @@ from controlplane.functions.versions import Code, Versions, find_earlier, find_v
 from controlplane.hosts.kinds import FUNCTIONS
 from controlplane.hosts.model import live_hosts
 from controlplane.ids import new_id
-from controlplane.reconcile import FAILED
+from controlplane.reconcile.model import FAILED
 from controlplane.rpc.call import Call
 from controlplane.rpc.merge import merged
 from controlplane.sql import Store

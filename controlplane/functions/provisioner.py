@@ -11,7 +11,8 @@ from controlplane.functions.logs import end_log
 from controlplane.functions.model import HOSTS, READY, Function, FunctionVersion
 from controlplane.hosts.kinds import FUNCTIONS
 from controlplane.hosts.model import Host, live_hosts
-from controlplane.reconcile import DELETING, FAILED, Failed, Gone, NotYet, Outcome, Settled
+from controlplane.reconcile.model import DELETING, FAILED
+from controlplane.reconcile.step import Failed, Gone, NotYet, Outcome, Settled
 from controlplane.sql import Store
 
 

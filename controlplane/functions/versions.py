@@ -29,7 +29,7 @@ from controlplane.functions.model import (
 )
 from controlplane.ids import new_id
 from controlplane.keys import Keys
-from controlplane.reconcile import FAILED
+from controlplane.reconcile.model import FAILED
 
 # A list shows no variables, which may be a megabyte.
 SHOWN: tuple[InstrumentedAttribute[Any], ...] = tuple(

@@ -7,7 +7,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import Field, SQLModel, col, select
 
 from controlplane.clock import Clock
-from controlplane.reconcile import Reconciled
+from controlplane.reconcile.model import Reconciled
 from controlplane.sql import Store, UtcDateTime
 
 # A host asks at least every five seconds; one that has not for so long is away, and nobody waits for it.

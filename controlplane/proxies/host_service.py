@@ -14,7 +14,7 @@ from controlplane.clock import Clock
 from controlplane.hosts.interceptor import current_host
 from controlplane.hosts.pulls import Pulls
 from controlplane.proxies.model import Proxy, ProxyCounter, sequence_of
-from controlplane.reconcile import DELETING
+from controlplane.reconcile.model import DELETING
 from controlplane.rpc.times import stamp
 from controlplane.sql import Store
 

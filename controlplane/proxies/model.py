@@ -6,9 +6,9 @@ from sqlalchemy import JSON, BigInteger, Index, UniqueConstraint
 from sqlmodel import Field, SQLModel
 
 from controlplane.api.v1 import proxies_pb2
-from controlplane.due import due_indexes
 from controlplane.hosts.model import Hosted
-from controlplane.reconcile import DELETING, progress_of
+from controlplane.reconcile.due import due_indexes
+from controlplane.reconcile.model import DELETING, progress_of
 from controlplane.rpc.times import stamp
 from controlplane.sql import UtcDateTime
 

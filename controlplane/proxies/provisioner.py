@@ -8,7 +8,8 @@ from controlplane.clock import Clock
 from controlplane.hosts.model import LIVE_FOR, Host
 from controlplane.proxies import placement
 from controlplane.proxies.model import EXPIRED, READY, Proxy
-from controlplane.reconcile import DELETING, Failed, Gone, NotYet, Outcome, Settled
+from controlplane.reconcile.model import DELETING
+from controlplane.reconcile.step import Failed, Gone, NotYet, Outcome, Settled
 from controlplane.sql import Store
 
 

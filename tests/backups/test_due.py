@@ -11,7 +11,7 @@ from controlplane.accounts.model import Account
 from controlplane.backups.model import SCHEDULED, Backup
 from controlplane.databases.model import STOPPING, Database
 from controlplane.databases.names import name_aside
-from controlplane.reconcile import FAILED
+from controlplane.reconcile.model import FAILED
 from tests.backups.servers import DAY, HOUR, Servers, files_of
 
 HOURLY: dict[str, Any] = {"backup_schedule": "0 * * * *", "backups_kept": 100}

@@ -10,7 +10,7 @@ from controlplane.backups.model import Backup
 from controlplane.databases.engines.engine import ClusterUnavailable, EngineError
 from controlplane.databases.names import name_aside
 from controlplane.local.postgres import EmbeddedPostgres
-from controlplane.reconcile import LEASE
+from controlplane.reconcile.lease import LEASE
 from tests.backups.held import held, new_key, slow_table, until_held
 from tests.backups.rest import DATABASES, back_up, connection_of, events_of, file_of, names_on, path_of
 from tests.backups.servers import DAY, HOUR, Servers
@@ -212,7 +212,7 @@ async def test_a_server_that_is_gone_in_between(servers: Servers) -> None:
 
 async def test_a_stop_in_between(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that is stopped in the midst of it removes what it has restored so far."""
-    monkeypatch.setattr("controlplane.reconcile._SECONDS_TO_STOP", 0.05)
+    monkeypatch.setattr("controlplane.reconcile.reconciler._SECONDS_TO_STOP", 0.05)
     await servers.order()
     await servers.start()
     await servers.rest()

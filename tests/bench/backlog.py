@@ -18,7 +18,7 @@ from controlplane.databases.names import prefix_of_ours
 from controlplane.events.model import Event
 from controlplane.ids import new_id
 from controlplane.keys import Keys
-from controlplane.reconcile import DELETING
+from controlplane.reconcile.model import DELETING
 from controlplane.settings import Settings
 from controlplane.sql import Store
 from tests.bench.bare import Work, record

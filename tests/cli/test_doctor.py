@@ -22,7 +22,7 @@ from controlplane.doctor import Difference, Doctor, Kind
 from controlplane.hosts.kinds import FUNCTIONS
 from controlplane.hosts.model import Host
 from controlplane.local.postgres import EmbeddedPostgres
-from controlplane.reconcile import DELETING, FAILED
+from controlplane.reconcile.model import DELETING, FAILED
 from controlplane.tables import METADATA
 from tests.cli.conftest import Ended, Run, environment
 from tests.databases.fake_engine import FakeEngine

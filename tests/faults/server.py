@@ -27,11 +27,12 @@ from sqlalchemy.dialects.postgresql import asyncpg  # noqa: F401
 from sqlalchemy.dialects.sqlite import aiosqlite as _dialect  # noqa: F401
 
 import controlplane.cli.main  # noqa: F401 - it sets up what gRPC looks at when it is loaded
-from controlplane import reconcile, server
+from controlplane import server
 from controlplane.databases import provisioner
 from controlplane.databases.engines import clickhouse, mongodb, mysql  # noqa: F401
 from controlplane.hosts import model as hosts
 from controlplane.observe import logs
+from controlplane.reconcile import reconciler
 from controlplane.settings import Settings
 from tests.faults.points import Points, put_everywhere
 
@@ -41,7 +42,7 @@ def main(path: str) -> None:
     # 0.1 s at each start, for the password of nobody, and nobody logs in with one here.
     hashed = argon2.PasswordHasher().hash("")
     argon2.PasswordHasher.hash = lambda *_password: hashed  # type: ignore[method-assign]
-    reconcile._LOOK_EVERY = 0.1  # noqa: SLF001 - seconds: of what only time makes due, nobody tells the reconciler
+    reconciler._LOOK_EVERY = 0.1  # noqa: SLF001 - seconds: of what only time makes due, nobody tells the reconciler
     # What is done now and then is no part of a transition.
     server.FLUSH_EVERY = 3600.0  # type: ignore[attr-defined]
     provisioner._FIRST_LOOK = timedelta(hours=1)  # noqa: SLF001

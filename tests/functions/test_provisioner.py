@@ -10,7 +10,7 @@ from sqlmodel import col, select
 from controlplane.functions.logs import FunctionLogHead, FunctionLogLine
 from controlplane.functions.model import Function, FunctionCode, FunctionVersion
 from controlplane.functions.provisioner import FunctionProvisioner
-from controlplane.reconcile import NotYet
+from controlplane.reconcile.step import NotYet
 from tests.clock import MovableClock
 from tests.functions.orders import FUNCTIONS, create, patch, ready
 from tests.functions.played import PlayedHost, line, played_host

@@ -9,7 +9,9 @@ from sqlmodel import col, select
 
 from controlplane import reconcile
 from controlplane.databases.model import PROVISIONING, Database
-from controlplane.reconcile import DELETING, LEASE, NotYet, check_lease
+from controlplane.reconcile.lease import LEASE, check_lease
+from controlplane.reconcile.model import DELETING
+from controlplane.reconcile.step import NotYet
 from tests.reconcile.conftest import LOOK_EVERY, Works
 from tests.stack import eventually
 

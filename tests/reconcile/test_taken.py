@@ -3,7 +3,7 @@
 import asyncio
 
 from controlplane.databases.model import PROVISIONING, UPDATING
-from controlplane.reconcile import LEASE
+from controlplane.reconcile.lease import LEASE
 from tests.reconcile.conftest import Works
 
 

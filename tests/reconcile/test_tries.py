@@ -12,7 +12,7 @@ from controlplane import reconcile
 from controlplane.databases.engines.engine import Busy, ClusterUnavailable, EngineError
 from controlplane.databases.model import PROVISIONING
 from controlplane.observe.metrics import new_metrics
-from controlplane.reconcile import DELETING
+from controlplane.reconcile.model import DELETING
 from tests.reconcile.conftest import Works
 from tests.stack import eventually
 

@@ -1,15 +1,13 @@
 """Which rows are due: the statements that find and claim them, and the indexes that do so at once."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqlalchemy import Index, Subquery, bindparam, func, or_, select, text, true, update
 from sqlalchemy.sql.dml import ReturningUpdate
 from sqlmodel import col
 
+from controlplane.reconcile.model import Reconciled
 from controlplane.sql import UtcDateTime
-
-if TYPE_CHECKING:
-    from controlplane.reconcile import Reconciled
 
 _MOST_COUNTED = 1000
 _NOW = bindparam("now", type_=UtcDateTime)
@@ -27,7 +25,7 @@ def due_indexes(table: str) -> tuple[Index, Index]:
 class Look:
     """The statements that find the due rows of one kind, made once: to make them takes longer than to execute them."""
 
-    def __init__(self, model: "type[Reconciled]") -> None:
+    def __init__(self, model: type[Reconciled]) -> None:
         orders, looks = _due(model, is_ordered=True), _due(model, is_ordered=False)
         late = select(func.count().label("late")).where(col(model.deadline_at) < _NOW).subquery()
         found = orders.join(looks, true()).join(late, true())
@@ -44,14 +42,14 @@ class Look:
         self.claim_look = _claim(model, is_ordered=False)
 
 
-def _due(model: "type[Reconciled]", *, is_ordered: bool) -> Subquery:
+def _due(model: type[Reconciled], *, is_ordered: bool) -> Subquery:
     """Count at most so many, as counting all would take as long as there are rows."""
     due = select(col(model.next_attempt_at)).where(*_is_due(model, is_ordered=is_ordered))
     some = due.order_by(col(model.next_attempt_at)).limit(_MOST_COUNTED).subquery()
     return select(func.count().label("due"), func.min(some.c.next_attempt_at).label("oldest")).subquery()
 
 
-def _claim(model: "type[Reconciled]", *, is_ordered: bool) -> ReturningUpdate[Any]:
+def _claim(model: type[Reconciled], *, is_ordered: bool) -> ReturningUpdate[Any]:
     first = (
         select(col(model.id))
         .where(*_is_due(model, is_ordered=is_ordered))
@@ -64,7 +62,7 @@ def _claim(model: "type[Reconciled]", *, is_ordered: bool) -> ReturningUpdate[An
     return update(model).where(col(model.id) == first).values(lease).returning(model)
 
 
-def _is_due(model: "type[Reconciled]", *, is_ordered: bool) -> tuple[Any, ...]:
+def _is_due(model: type[Reconciled], *, is_ordered: bool) -> tuple[Any, ...]:
     free = or_(col(model.lease_until).is_(None), col(model.lease_until) <= _NOW)
     waits = col(model.waiting_on).is_not(None) if is_ordered else col(model.waiting_on).is_(None)
     return col(model.next_attempt_at) <= _NOW, free, waits

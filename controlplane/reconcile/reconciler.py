@@ -9,30 +9,25 @@ and whoever claims the row next goes on from what is really there.
 
 import asyncio
 import random
-import secrets
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
-from typing import Any, Protocol, TypeVar
+from datetime import timedelta
+from typing import Any
 
 import structlog
 from sqlalchemy import CursorResult, case, literal, update
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlmodel import Field, SQLModel, col, select
+from sqlmodel import col, select
 
-from controlplane.api.v1 import progress_pb2
 from controlplane.clock import Clock
-from controlplane.due import Look
 from controlplane.events.feed import Feed
 from controlplane.observe.metrics import Metrics
-from controlplane.rpc.times import stamp
+from controlplane.reconcile.due import Look
+from controlplane.reconcile.lease import LEASE, is_mine, new_lease
+from controlplane.reconcile.model import DELETING, FAILED, Reconciled
+from controlplane.reconcile.step import Failed, Gone, News, NotYet, Outcome, Provisioner, RowT, Settled
 from controlplane.sql import Store, UtcDateTime, is_outage
 
-FAILED = "failed"
-DELETING = "deleting"  # may take forever: what is being deleted must never come to rest as anything else
-
-LEASE = timedelta(seconds=30)
 _RENEW_EVERY = LEASE.total_seconds() / 3
 _LOOK_EVERY = 1.0  # seconds; for rows that another process ordered, and for the next try of those that failed
 _BACKOFF_FIRST = 0.5
@@ -41,127 +36,6 @@ _SECONDS_TO_STOP = 10.0
 _LEAST_SECONDS = 60.0  # what is past its deadline when the server comes back gets this one chance
 
 _log = structlog.get_logger("reconciler")
-
-
-class Reconciled(SQLModel):
-    """What the reconciler needs of a row.
-
-    `state` is shown to the customer as the status. `generation` counts orders, `observed_generation` is the newest one
-    that is real. A row is due once `next_attempt_at` has come and nobody holds its lease: for the next try of what was
-    ordered, or, where nothing is waited for, for another look at whether it still is so.
-    """
-
-    id: str = Field(primary_key=True)
-    account_id: str = Field(foreign_key="accounts.id")
-    state: str
-    generation: int = 1
-    observed_generation: int = 0
-    waiting_on: str | None = None
-    attempts: int = 0
-    last_error: str | None = None
-    next_attempt_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
-    deadline_at: datetime | None = Field(default=None, sa_type=UtcDateTime, index=True)
-    lease_token: str | None = None
-    lease_until: datetime | None = Field(default=None, sa_type=UtcDateTime)
-
-    def order(self, state: str, *, now: datetime, within: timedelta, waiting_on: str) -> None:
-        """Want something new of the row: it is due at once, and has failed unless it is settled `within` this time.
-
-        A deletion never fails: the metrics tell of one that takes longer.
-        """
-        self.state = state
-        self.generation = (self.generation or 0) + 1
-        self.waiting_on = waiting_on
-        self.attempts = 0
-        self.last_error = None
-        self.next_attempt_at = now
-        self.deadline_at = now + within
-
-
-def progress_of(row: Reconciled) -> progress_pb2.Progress | None:
-    """Return what a row is waiting for as the API shows it, or why it failed; None while all is as ordered."""
-    if row.waiting_on is None and row.last_error is None:
-        return None
-    return progress_pb2.Progress(
-        waiting_on=row.waiting_on or "",
-        attempts=row.attempts,
-        next_attempt_at=stamp(row.next_attempt_at) if row.waiting_on and row.attempts else None,
-        last_error=row.last_error,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class News:
-    """What the customer is told besides a change of the state, as the event `KIND.TYPE`."""
-
-    type: str
-    detail: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Settled:
-    """The row is as ordered, in this state; `values` are further columns that were learned.
-
-    It is looked at again at `look_again_at`, if there is such a time.
-    """
-
-    state: str
-    values: Mapping[str, Any] = field(default_factory=dict)
-    look_again_at: datetime | None = None
-    news: News | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """What was ordered will never be, however often it is tried; the reason is for the customer."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Gone:
-    """Nothing of the thing is left; the row may go too."""
-
-
-class NotYet(Exception):
-    """The step cannot be taken now: what it waits for, and why in words for the customer."""
-
-    def __init__(self, waiting_on: str, reason: str) -> None:
-        super().__init__(reason)
-        self.waiting_on = waiting_on
-
-
-async def check_lease(store: Store, clock: Clock, row: Reconciled) -> None:
-    """Raise NotYet unless the row is still ours: for whoever holds a lock that keeps all others from what he changes.
-
-    A process that was paused may have been overtaken meanwhile. An order that has come since changes nothing: nobody
-    else takes its step before we have ended ours.
-    """
-    model = type(row)
-    mine = select(model.id).where(*_is_mine(model, row), col(model.lease_until) > clock.now())
-    if not await store.fetch(mine):
-        raise NotYet("another server", "Another server goes on with this.")
-
-
-RowT = TypeVar("RowT", bound=Reconciled)
-Outcome = Settled | Failed | Gone
-
-
-class Provisioner(Protocol[RowT]):
-    """What one kind of resource adds: its table, its next step, and what goes with the outcome of one."""
-
-    kind: str
-    model: type[RowT]
-    at_once: int  # so many steps, so that what takes long of one kind keeps no other waiting
-
-    async def step(self, row: RowT) -> Outcome:
-        """Look at what is there and take the next step towards what the row wants; safe to repeat.
-
-        Raises NotYet to be asked again later.
-        """
-
-    async def follow_up(self, session: AsyncSession, row: RowT, outcome: Outcome) -> None:
-        """Do what goes with an outcome, in the transaction that keeps it: give back what a row held that is gone."""
 
 
 class Reconciler:
@@ -202,7 +76,7 @@ class Reconciler:
         is_due = row.next_attempt_at is not None and row.next_attempt_at <= now
         is_free = row.lease_until is None or row.lease_until <= now
         if is_due and is_free and not self._stopping and self._count_running(provisioner) < provisioner.at_once // 2:
-            row.lease_token, row.lease_until = _new_lease(now)
+            row.lease_token, row.lease_until = new_lease(now)
             self._begin(provisioner, self._work_when(committed, provisioner, row))
         else:
             committed.add_done_callback(lambda _: self.wake())
@@ -278,7 +152,7 @@ class Reconciler:
     async def _claim(self, provisioner: Provisioner[RowT], *, is_ordered: bool) -> RowT | None:
         """Take the lease of the row that has been due longest, or None if there is none that is free."""
         now, look = self._clock.now(), self._looks[provisioner.kind]
-        token, until = _new_lease(now)
+        token, until = new_lease(now)
         async with self._store.session() as session:
             claimed = await session.execute(
                 look.claim_order if is_ordered else look.claim_look, {"now": now, "token": token, "until": until}
@@ -346,7 +220,7 @@ class Reconciler:
         What was ordered anew is due at once, and this outcome is forgotten: it answers a question no longer asked.
         """
         model = provisioner.model
-        mine = _is_mine(model, row)
+        mine = is_mine(row)
         state, detail = "deleted", None
         async with self._store.session() as session:
             if isinstance(outcome, Gone):
@@ -406,7 +280,7 @@ class Reconciler:
 
     async def _update(self, model: type[RowT], row: RowT, values: Mapping[str, Any], *conditions: Any) -> bool:
         async with self._store.session() as session:
-            done = await _affects(session, update(model).where(*_is_mine(model, row), *conditions).values(values))
+            done = await _affects(session, update(model).where(*is_mine(row), *conditions).values(values))
             await session.commit()
         return done
 
@@ -417,14 +291,6 @@ def _tell(what: str, error: BaseException) -> None:
         _log.error(what, error=str(error))
     else:
         _log.error(what, exc_info=error)
-
-
-def _new_lease(now: datetime) -> tuple[str, datetime]:
-    return secrets.token_hex(16), now + LEASE
-
-
-def _is_mine(model: type[Reconciled], row: Reconciled) -> tuple[Any, ...]:
-    return col(model.id) == row.id, col(model.lease_token) == row.lease_token
 
 
 def _same_order(model: type[Reconciled], row: Reconciled) -> Any:

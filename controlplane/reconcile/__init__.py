@@ -1,0 +1,1 @@
+"""Makes what was ordered real, of whatever kind it is."""
