@@ -1,6 +1,7 @@
 """One server process: it listens, works in the background, and stops in order."""
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -198,6 +199,7 @@ async def run(settings: Settings) -> None:
     try:
         server.expose_metrics()  # first: a port that is taken ends the start before anybody was served
         await server.start()
+        gc.freeze()  # what is there now stays: not to be gone through again and again, which stops all for 70 ms
         await stop.wait()
     finally:
         await server.stop()

@@ -12,8 +12,9 @@ from datetime import datetime
 
 import structlog
 from google.protobuf.message import DecodeError, Message
-from sqlalchemy import text
+from sqlalchemy import insert, text
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlmodel import SQLModel
 
 from controlplane.access.secrets import SHOWN_PREFIX, TOKEN_PATTERN
 from controlplane.audit.model import PROVIDER, AuditEntry, chained
@@ -31,6 +32,7 @@ _ADVANCE = text(
     "INSERT INTO audit_heads (account_id, sequence, digest) VALUES (:account_id, :lines, '')"
     " ON CONFLICT (account_id) DO UPDATE SET sequence = audit_heads.sequence + :lines RETURNING sequence, digest"
 )
+_ADD = insert(SQLModel.metadata.tables["audit_entries"])  # a session's way to add rows takes twice as long
 _CLOSE = text("UPDATE audit_heads SET digest = :digest WHERE account_id = :account_id")
 
 _log = structlog.get_logger("audit")
@@ -184,8 +186,7 @@ class AuditLog:
         for sequence, entry in enumerate(entries, start=head.sequence - len(entries) + 1):
             entry.sequence = sequence
             entry.digest = digest = self._keys.digest(chained(entry, digest))
-        session.add_all(entries)
-        await session.flush()
+        await session.execute(_ADD, [entry.model_dump() for entry in entries])
         await session.execute(_CLOSE, {"account_id": account_id, "digest": digest})
 
 

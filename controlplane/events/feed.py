@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import bindparam, delete, text
+from sqlalchemy import bindparam, delete, insert, text
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlmodel import col, select
+from sqlmodel import SQLModel, col, select
 
 from controlplane.clock import Clock
 from controlplane.events.model import Event, EventHead
@@ -23,6 +23,7 @@ _ADVANCE = text(
     "INSERT INTO event_heads (account_id, sequence) VALUES (:account_id, 1)"
     " ON CONFLICT (account_id) DO UPDATE SET sequence = event_heads.sequence + 1 RETURNING sequence"
 )
+_ADD = insert(SQLModel.metadata.tables["events"])  # a session's way to add a row takes twice as long
 _AFTER = (
     select(Event)
     .where(col(Event.account_id) == bindparam("account_id"), col(Event.sequence) > bindparam("after"))
@@ -57,20 +58,18 @@ class Feed:
     ) -> None:
         """Add an event, in the transaction of what it tells and as its last step: the feed is locked from here on."""
         sequence = (await session.execute(_ADVANCE, {"account_id": account_id})).scalar_one()
-        session.add(
-            Event(
-                account_id=account_id,
-                sequence=sequence,
-                created_at=self._clock.now(),
-                type=type_,
-                resource_id=resource_id,
-                resource_name=resource_name,
-                status=status,
-                request_id=request_id,
-                detail=detail,
-            )
+        event = Event(
+            account_id=account_id,
+            sequence=sequence,
+            created_at=self._clock.now(),
+            type=type_,
+            resource_id=resource_id,
+            resource_name=resource_name,
+            status=status,
+            request_id=request_id,
+            detail=detail,
         )
-        await session.flush()
+        await session.execute(_ADD, event.model_dump())
 
     async def head(self, account_id: str) -> int:
         """Return the place of the last event, 0 before the first."""
