@@ -90,9 +90,11 @@ async def test_another_process_wakes_whoever_waits(
 
 async def test_an_outcome_wakes_whoever_waits(stack: Stack, customer: Customer, postgres: EmbeddedPostgres) -> None:
     """Whoever follows the feed hears of what was provisioned, and not only of what was asked for."""
-    made = await customer.create_database("awaited")
+    await customer.create_database("awaited")
+    connection = (await customer.call("GET", "/api/portal/databases/awaited/connection")).json()
     admin = await asyncpg.connect(postgres.admin_dsn)
-    await admin.execute("SELECT pg_advisory_lock(hashtextextended($1, 0))", made["id"])  # its deletion waits
+    name = connection["database"]
+    await admin.execute("SELECT pg_advisory_lock(hashtextextended($1, 0))", name)  # its deletion waits
     await customer.call("DELETE", "/api/portal/databases/awaited")
     async with asyncio.timeout(SOON):
         asked = asyncio.create_task(feed_of(customer, after=-1, wait=30))
