@@ -61,7 +61,7 @@ from controlplane.operator_error import OperatorError
 from controlplane.proxies.host_service import ProxyHostService
 from controlplane.proxies.provisioner import ProxyProvisioner
 from controlplane.proxies.service import ProxyService
-from controlplane.reconcile.reconciler import Reconciler
+from controlplane.reconcile.loop import Reconciler
 from controlplane.reconcile.step import Provisioner
 from controlplane.rpc.contract import rpcs
 from controlplane.rpc.idempotency import Idempotency

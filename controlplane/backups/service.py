@@ -15,8 +15,8 @@ from controlplane.databases.model import READY, STOPPED, Database
 from controlplane.databases.model import to_proto as database_to_proto
 from controlplane.databases.orders import DatabaseOrders, lock_database
 from controlplane.errors import Conflict, NotFound
+from controlplane.reconcile.loop import Reconciler
 from controlplane.reconcile.model import DELETING
-from controlplane.reconcile.reconciler import Reconciler
 from controlplane.rpc import etag, paging
 from controlplane.rpc.call import Call, current
 from controlplane.rpc.remembered import remembered

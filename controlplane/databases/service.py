@@ -26,8 +26,8 @@ from controlplane.databases.model import (
 from controlplane.databases.orders import BY_NAME, DatabaseOrders, lock_database, newest_backup
 from controlplane.errors import Conflict, NotFound
 from controlplane.keys import Keys
+from controlplane.reconcile.loop import Reconciler
 from controlplane.reconcile.model import DELETING, FAILED
-from controlplane.reconcile.reconciler import Reconciler
 from controlplane.rpc import etag, paging
 from controlplane.rpc.call import Call, current
 from controlplane.rpc.merge import merged

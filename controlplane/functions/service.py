@@ -25,8 +25,8 @@ from controlplane.functions.model import (
 from controlplane.functions.orders import BY_NAME, FunctionOrders, lock_function
 from controlplane.functions.versions import SHOWN, read_code
 from controlplane.hosts.pulls import Pulls
+from controlplane.reconcile.loop import Reconciler
 from controlplane.reconcile.model import DELETING
-from controlplane.reconcile.reconciler import Reconciler
 from controlplane.rpc import etag, paging
 from controlplane.rpc.call import Call, current
 from controlplane.rpc.remembered import remembered

@@ -20,8 +20,8 @@ from controlplane.hosts.pulls import Pulls
 from controlplane.ids import new_id
 from controlplane.proxies import placement
 from controlplane.proxies.model import PROVISIONING, UPDATING, Proxy, ProxyUsage, sequence_of, to_proto
+from controlplane.reconcile.loop import Reconciler
 from controlplane.reconcile.model import DELETING
-from controlplane.reconcile.reconciler import Reconciler
 from controlplane.rpc import etag, paging
 from controlplane.rpc.call import Call, current
 from controlplane.rpc.remembered import remembered

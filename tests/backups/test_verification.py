@@ -212,7 +212,7 @@ async def test_a_server_that_is_gone_in_between(servers: Servers) -> None:
 
 async def test_a_stop_in_between(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that is stopped in the midst of it removes what it has restored so far."""
-    monkeypatch.setattr("controlplane.reconcile.reconciler._SECONDS_TO_STOP", 0.05)
+    monkeypatch.setattr("controlplane.reconcile.loop._SECONDS_TO_STOP", 0.05)
     await servers.order()
     await servers.start()
     await servers.rest()

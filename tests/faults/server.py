@@ -32,7 +32,7 @@ from controlplane.databases import provisioner
 from controlplane.databases.engines import clickhouse, mongodb, mysql  # noqa: F401
 from controlplane.hosts import model as hosts
 from controlplane.observe import logs
-from controlplane.reconcile import reconciler
+from controlplane.reconcile import loop
 from controlplane.settings import Settings
 from tests.faults.points import Points, put_everywhere
 
@@ -42,7 +42,7 @@ def main(path: str) -> None:
     # 0.1 s at each start, for the password of nobody, and nobody logs in with one here.
     hashed = argon2.PasswordHasher().hash("")
     argon2.PasswordHasher.hash = lambda *_password: hashed  # type: ignore[method-assign]
-    reconciler._LOOK_EVERY = 0.1  # noqa: SLF001 - seconds: of what only time makes due, nobody tells the reconciler
+    loop._LOOK_EVERY = 0.1  # noqa: SLF001 - seconds: of what only time makes due, nobody tells the reconciler
     # What is done now and then is no part of a transition.
     server.FLUSH_EVERY = 3600.0  # type: ignore[attr-defined]
     provisioner._FIRST_LOOK = timedelta(hours=1)  # noqa: SLF001

@@ -20,7 +20,7 @@ from controlplane.events.feed import Feed
 from controlplane.keys import Keys
 from controlplane.migrations import migrate
 from controlplane.observe.metrics import Metrics, new_metrics
-from controlplane.reconcile.reconciler import Reconciler
+from controlplane.reconcile.loop import Reconciler
 from controlplane.sql import Store
 from tests.clock import ManualClock
 from tests.databases.fake_engine import FakeEngine

@@ -7,8 +7,8 @@ import pytest
 from sqlalchemy import update
 from sqlmodel import col, select
 
-from controlplane import reconcile
 from controlplane.databases.model import PROVISIONING, Database
+from controlplane.reconcile import loop
 from controlplane.reconcile.lease import LEASE, check_lease
 from controlplane.reconcile.model import DELETING
 from controlplane.reconcile.step import NotYet
@@ -103,7 +103,7 @@ async def test_who_was_overtaken_learns_it_before_a_change(works: Works) -> None
 
 async def test_a_lease_is_renewed_while_the_step_runs(works: Works, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that takes longer than a lease keeps it."""
-    monkeypatch.setattr(reconcile, "_RENEW_EVERY", 0.02)
+    monkeypatch.setattr(loop, "_RENEW_EVERY", 0.02)
     works.engine.hold()
     await works.order()
     works.reconciler().start()
@@ -123,7 +123,7 @@ async def test_a_lease_is_renewed_while_the_step_runs(works: Works, monkeypatch:
 
 async def test_a_step_that_lost_its_lease_is_ended(works: Works, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once the lease is somebody else's, the step is cancelled, and the other's lease stays."""
-    monkeypatch.setattr(reconcile, "_RENEW_EVERY", 0.02)
+    monkeypatch.setattr(loop, "_RENEW_EVERY", 0.02)
     works.engine.hold()
     await works.order()
     works.reconciler().start()
@@ -169,7 +169,7 @@ async def test_a_deletion_during_a_step_wins(works: Works) -> None:
 
 async def test_a_deletion_ends_a_long_step(works: Works, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is deleted during a step that would never end is removed all the same: the step is given up for it."""
-    monkeypatch.setattr(reconcile, "_RENEW_EVERY", 0.02)
+    monkeypatch.setattr(loop, "_RENEW_EVERY", 0.02)
     works.engine.hold()
     await works.order()
     works.reconciler().start()
@@ -188,7 +188,7 @@ async def test_a_deletion_ends_a_long_step(works: Works, monkeypatch: pytest.Mon
 
 async def test_stopping_hands_the_leases_back(works: Works, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stop ends what does not end by itself in a while, and leaves its rows to whoever comes next."""
-    monkeypatch.setattr(reconcile, "_SECONDS_TO_STOP", 0.05)
+    monkeypatch.setattr(loop, "_SECONDS_TO_STOP", 0.05)
     works.engine.hold()
     await works.order()
     first = works.reconciler()

@@ -8,10 +8,10 @@ from itertools import pairwise
 
 import pytest
 
-from controlplane import reconcile
 from controlplane.databases.engines.engine import Busy, ClusterUnavailable, EngineError
 from controlplane.databases.model import PROVISIONING
 from controlplane.observe.metrics import new_metrics
+from controlplane.reconcile import loop
 from controlplane.reconcile.model import DELETING
 from tests.reconcile.conftest import Works
 from tests.stack import eventually
@@ -86,7 +86,7 @@ async def test_past_its_deadline_it_has_failed(works: Works) -> None:
 
 async def test_a_step_that_hangs_is_cut_off(works: Works, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step gets as long as the order may take, and one last chance after that; then the row has failed."""
-    monkeypatch.setattr(reconcile, "_LEAST_SECONDS", 0.05)
+    monkeypatch.setattr(loop, "_LEAST_SECONDS", 0.05)
     works.engine.hold()
     await works.order(within=timedelta(seconds=0.5))
     reconciler = works.reconciler()
@@ -105,7 +105,7 @@ async def test_a_step_that_hangs_is_cut_off(works: Works, monkeypatch: pytest.Mo
 
 async def test_a_deletion_that_hangs_is_not_cut_off(works: Works, monkeypatch: pytest.MonkeyPatch) -> None:
     """A deletion past its deadline goes on, for the metrics to show, until it is done."""
-    monkeypatch.setattr(reconcile, "_LEAST_SECONDS", 0.05)
+    monkeypatch.setattr(loop, "_LEAST_SECONDS", 0.05)
     metrics = new_metrics()
     works.engine.hold()
     await works.order()

@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import Any
 
 import structlog
-from sqlalchemy import CursorResult, case, literal, update
+from sqlalchemy import CursorResult, Update, case, inspect, literal, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlmodel import col, select
 
@@ -60,6 +60,7 @@ class Reconciler:
         self._running: dict[asyncio.Task[None], str] = {}  # each with its kind
         self._loop: asyncio.Task[None] | None = None
         self._stopping = False
+        self._is_full = False  # some rows that are due wait for others to end
 
     def wake(self) -> None:
         """Look for due rows at once: something was committed."""
@@ -102,6 +103,7 @@ class Reconciler:
     async def _run(self) -> None:
         while not self._stopping:
             self._woken.clear()
+            self._is_full = False
             try:
                 for provisioner in self._provisioners:
                     await self._start_due(provisioner)
@@ -115,7 +117,10 @@ class Reconciler:
         """Start a step for each due row, as far as there is room: what was ordered before what is looked at again."""
         for is_ordered, due in await self._count_due(provisioner):
             for _ in range(due):
-                if self._stopping or self._count_running(provisioner) >= provisioner.at_once:
+                if self._stopping:
+                    return
+                if self._count_running(provisioner) >= provisioner.at_once:
+                    self._is_full = True
                     return
                 row = await self._claim(provisioner, is_ordered=is_ordered)
                 if row is None:
@@ -132,7 +137,8 @@ class Reconciler:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         del self._running[task]
-        self._woken.set()  # there is room again
+        if self._is_full:
+            self.wake()
         if not task.cancelled() and (error := task.exception()) is not None:
             _tell("a step's outcome could not be kept; its lease runs out", error)
 
@@ -180,6 +186,7 @@ class Reconciler:
             outcome.__cause__ = error
         except asyncio.CancelledError:
             await self._hand_back(provisioner, row)
+            self.wake()
             raise
         except Exception as error:
             log.exception("a step failed in a way that nobody foresaw")
@@ -189,6 +196,8 @@ class Reconciler:
             renewal.cancel()
         self._metrics.steps.labels(provisioner.kind, type(outcome).__name__).inc()
         kept = await self._keep(provisioner, row, outcome)
+        if not kept or isinstance(outcome, NotYet):  # it may be due again already
+            self.wake()
         log.info(
             "step",
             end=type(outcome).__name__ if kept else "Superseded",
@@ -238,7 +247,7 @@ class Reconciler:
                     due = col(model.next_attempt_at)
                     later = literal(values["next_attempt_at"], UtcDateTime)
                     values["next_attempt_at"] = case((due == row.next_attempt_at, later), else_=due)
-                kept = await _affects(session, update(model).where(*mine, _same_order(model, row)).values(values))
+                kept = await _affects(session, _update_of(model).where(*mine, _same_order(model, row)).values(values))
                 state, detail = values.get("state", row.state), values["last_error"]
                 if kept and not isinstance(outcome, NotYet):
                     await provisioner.follow_up(session, row, outcome)
@@ -255,7 +264,7 @@ class Reconciler:
                 )
             if not kept:
                 free = {"lease_token": None, "lease_until": None}
-                await session.execute(update(model).where(*mine).values(free))
+                await session.execute(_update_of(model).where(*mine).values(free))
             await session.commit()
         self._feed.announce(row.account_id)
         return kept
@@ -280,7 +289,7 @@ class Reconciler:
 
     async def _update(self, model: type[RowT], row: RowT, values: Mapping[str, Any], *conditions: Any) -> bool:
         async with self._store.session() as session:
-            done = await _affects(session, update(model).where(*is_mine(row), *conditions).values(values))
+            done = await _affects(session, _update_of(model).where(*is_mine(row), *conditions).values(values))
             await session.commit()
         return done
 
@@ -291,6 +300,11 @@ def _tell(what: str, error: BaseException) -> None:
         _log.error(what, error=str(error))
     else:
         _log.error(what, exc_info=error)
+
+
+def _update_of(model: type[Reconciled]) -> Update:
+    """Return an UPDATE of the table alone; that of a class goes through what a session holds too, which takes time."""
+    return update(inspect(model).local_table)
 
 
 def _same_order(model: type[Reconciled], row: Reconciled) -> Any:
