@@ -199,6 +199,7 @@ async def run(settings: Settings) -> None:
     try:
         server.expose_metrics()  # first: a port that is taken ends the start before anybody was served
         await server.start()
+        gc.collect()
         gc.freeze()  # what is there now stays: not to be gone through again and again, which stops all for 70 ms
         await stop.wait()
     finally:
