@@ -70,12 +70,14 @@ class BackupProvisioner:
                 return await self._write(row, database, identity)
             return await self._look(row, database, identity)
 
-    async def follow_up(self, session: AsyncSession, row: Backup, outcome: Outcome) -> None:
-        """Give back the quota of what is gone; order away what a new backup makes superfluous."""
+    async def follow_up(self, session: AsyncSession, row: Backup, outcome: Outcome) -> bool:
+        """Give back the quota of what is gone; order away what a new backup makes superfluous, and tell so."""
         if isinstance(outcome, Gone):
             await quota.release(session, resource_id=row.id)
         elif isinstance(outcome, Settled) and row.state == RUNNING and row.trigger == SCHEDULED:
             await self._retain(session, row)
+            return True
+        return False
 
     async def _write(self, row: Backup, database: Database, identity: Identity) -> Outcome:
         engine = engine_of(database, self._engines)

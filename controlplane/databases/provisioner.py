@@ -92,8 +92,8 @@ class DatabaseProvisioner:
         self._silent.discard(cluster)
         return outcome
 
-    async def follow_up(self, session: AsyncSession, row: Database, outcome: Outcome) -> None:
-        """Give back what a database held that is gone; order the backup that is due."""
+    async def follow_up(self, session: AsyncSession, row: Database, outcome: Outcome) -> bool:
+        """Give back what a database held that is gone; order the backup that is due, and tell whether one was."""
         if row.state == DELETING and not isinstance(outcome, Failed):
             # In the order of the create, or the two deadlock.
             await quota.release(session, resource_id=row.id)
@@ -107,6 +107,8 @@ class DatabaseProvisioner:
             and row.next_backup_at not in {None, outcome.values["next_backup_at"]}
         ):
             await self._order_backup(session, row)
+            return True
+        return False
 
     async def _take(self, row: Database, engine: Engine) -> Outcome:
         if row.state == DELETING:

@@ -52,11 +52,12 @@ class FunctionProvisioner:
             return Failed(error)
         return replace(stays, values={**stays.values, "last_error": error})
 
-    async def follow_up(self, session: AsyncSession, row: Function, outcome: Outcome) -> None:
+    async def follow_up(self, session: AsyncSession, row: Function, outcome: Outcome) -> bool:
         """Give back what a function held that is gone; its versions and code go with its row."""
         if isinstance(outcome, Gone):
             await quota.release(session, resource_id=row.id)
             await end_log(session, row.id)
+        return False
 
     async def _build_error(self, row: Function, hosts: list[Host]) -> str | None:
         """Return why the version that is wanted could not be loaded, None if it answers; raise NotYet until then."""

@@ -44,8 +44,9 @@ class ProxyProvisioner:
             return Settled(EXPIRED)
         return Settled(READY, look_again_at=row.expires_at)
 
-    async def follow_up(self, session: AsyncSession, row: Proxy, outcome: Outcome) -> None:
+    async def follow_up(self, session: AsyncSession, row: Proxy, outcome: Outcome) -> bool:
         """Give back what a proxy held that is gone."""
         if isinstance(outcome, Gone):
             await quota.release(session, resource_id=row.id)
             await placement.leave(session, row.host_id)
+        return False

@@ -196,8 +196,6 @@ class Reconciler:
             renewal.cancel()
         self._metrics.steps.labels(provisioner.kind, type(outcome).__name__).inc()
         kept = await self._keep(provisioner, row, outcome)
-        if not kept or isinstance(outcome, NotYet):  # it may be due again already
-            self.wake()
         log.info(
             "step",
             end=type(outcome).__name__ if kept else "Superseded",
@@ -231,26 +229,28 @@ class Reconciler:
         model = provisioner.model
         mine = is_mine(row)
         state, detail = "deleted", None
+        # What the row waits for may have come while the step was under way.
+        may_be_due = isinstance(outcome, NotYet)
         async with self._store.session() as session:
             if isinstance(outcome, Gone):
                 current = (
                     await session.execute(select(model).where(*mine, _same_order(model, row)).with_for_update())
                 ).scalar_one_or_none()
                 if current is not None:
-                    await provisioner.follow_up(session, current, outcome)
+                    may_be_due = await provisioner.follow_up(session, current, outcome)
                     await session.delete(current)
                 kept = current is not None
             else:
                 values = {**self._values(row, outcome), "lease_token": None, "lease_until": None}
                 if isinstance(outcome, NotYet) and values["next_attempt_at"] is not None:
-                    # What the row waits for may have come while the step was under way, and have made it due.
+                    # It may have been made due meanwhile, too.
                     due = col(model.next_attempt_at)
                     later = literal(values["next_attempt_at"], UtcDateTime)
                     values["next_attempt_at"] = case((due == row.next_attempt_at, later), else_=due)
                 kept = await _affects(session, _update_of(model).where(*mine, _same_order(model, row)).values(values))
                 state, detail = values.get("state", row.state), values["last_error"]
                 if kept and not isinstance(outcome, NotYet):
-                    await provisioner.follow_up(session, row, outcome)
+                    may_be_due = await provisioner.follow_up(session, row, outcome)
             news = [outcome.news] if isinstance(outcome, Settled) and outcome.news else []
             for each in (*news, *([News(state, detail)] if state != row.state else [])) if kept else ():
                 await self._feed.append(
@@ -267,6 +267,8 @@ class Reconciler:
                 await session.execute(_update_of(model).where(*mine).values(free))
             await session.commit()
         self._feed.announce(row.account_id)
+        if may_be_due or not kept:
+            self.wake()
         return kept
 
     def _values(self, row: Reconciled, outcome: Settled | Failed | NotYet) -> dict[str, Any]:

@@ -68,5 +68,8 @@ class Provisioner(Protocol[RowT]):
         Raises NotYet to be asked again later.
         """
 
-    async def follow_up(self, session: AsyncSession, row: RowT, outcome: Outcome) -> None:
-        """Do what goes with an outcome, in the transaction that keeps it: give back what a row held that is gone."""
+    async def follow_up(self, session: AsyncSession, row: RowT, outcome: Outcome) -> bool:
+        """Do what goes with an outcome, in the transaction that keeps it: give back what a row held that is gone.
+
+        Returns whether something else may be due by it.
+        """
