@@ -17,12 +17,13 @@ from controlplane.backups.model import NEWEST, Backup, expiry
 from controlplane.catalog.model import Catalog, Sku
 from controlplane.clock import Clock
 from controlplane.databases import placement
-from controlplane.databases.model import PROVISIONING, Database, password_binding
+from controlplane.databases.model import DELETED, PROVISIONING, Database, password_binding
 from controlplane.databases.names import name_of_new
 from controlplane.databases.schedule import NONE, check_schedule, next_run
-from controlplane.errors import AlreadyExists, BrokenRule, InvalidField, NotFound
+from controlplane.errors import AlreadyExists, BrokenRule, Conflict, InvalidField, NotFound
 from controlplane.ids import new_id
 from controlplane.keys import Keys
+from controlplane.reconcile.model import DELETING
 from controlplane.rpc.call import Call
 from controlplane.sql import Store
 
@@ -93,8 +94,12 @@ class DatabaseOrders:
     async def bring_back(self, call: Call, name: str) -> Database:
         """Want the database of this name back that was deleted last.
 
-        Raises NotFound if it had no backup, or its time is over; AlreadyExists, QuotaExceeded or Conflict as `add`.
+        Raises NotFound if it had no backup, or its time is over; Conflict while it is being deleted; AlreadyExists,
+        QuotaExceeded or Conflict as `add`.
         """
+        there = (await call.session.scalars(BY_NAME, {"account_id": call.caller.account_id, "name": name})).first()
+        if there is not None and there.state == DELETING and there.undelete_until is not None:
+            raise Conflict(f"The database '{name}' is being deleted: it can be brought back once it is {DELETED}.")
         found = await call.session.execute(_DELETED_BY_NAME, {"account_id": call.caller.account_id, "name": name})
         database: Database | None = found.scalar_one_or_none()
         now = self._clock.now()

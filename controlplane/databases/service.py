@@ -226,7 +226,8 @@ class DatabaseService(databases_pb2_grpc.DatabaseServiceServicer):
     ) -> databases_pb2.Database:
         """Order a deleted database back, of its last backup.
 
-        Raises NotFound, AlreadyExists, QuotaExceeded, or Conflict where no cluster takes it.
+        Raises NotFound, AlreadyExists, QuotaExceeded, or Conflict while it is being deleted or where no cluster takes
+        it.
         """
         call = current()
         return self._ordered(call, await self._orders.bring_back(call, request.name))

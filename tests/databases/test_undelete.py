@@ -174,7 +174,8 @@ async def test_to_delete_twice_changes_nothing(customer: Customer, postgres: Emb
     async with held(postgres, object_name):
         first, second = [(await customer.call("DELETE", PATH)).json() for _ in range(2)]
         assert (first["undelete_until"], first["generation"]) == (second["undelete_until"], second["generation"])
-        assert (await refusal(customer))[0] == 404
+        being = "The database 'analytics' is being deleted: it can be brought back once it is deleted."
+        assert await refusal(customer) == (409, being)
     await customer.until("gone", PATH)
     assert len(await events_of(customer, "database.deleted")) == 1
     await undelete(customer)
