@@ -45,6 +45,11 @@ class CodeCache:
             loading.add_done_callback(lambda _done: self._loading.pop(version.id))
         return await asyncio.shield(loading)  # others may wait for it too
 
+    async def until_loaded(self, version_id: str) -> None:
+        """Wait until nobody loads a version's code: that goes on also where nobody waits for it any more."""
+        if loading := self._loading.get(version_id):
+            await asyncio.wait({loading})
+
     async def remove(self, version_id: str) -> None:
         """Remove a version's code, if it is there; from the first moment on it is no more found."""
         folder = self._folder / version_id

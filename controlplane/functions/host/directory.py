@@ -207,6 +207,7 @@ class Directory:
 
     async def _forget_code(self, function: Function, version_id: str, version: Version) -> None:
         await version.until_unused()
+        await self._cache.until_loaded(version_id)  # or it would be there after it was removed
         present = self._functions.get(function.id)
         if present is None or version_id not in present.versions:  # it may have come back
             await self._cache.remove(version_id)

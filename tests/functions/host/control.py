@@ -52,10 +52,13 @@ class Control(hosts_pb2_grpc.FunctionHostServiceServicer):
     starts: list[hosts_pb2.StartFunctionHostRequest] = field(default_factory=list)
     instance: str = ""
     applied: int = 0
+    fetched: set[str] = field(default_factory=set)
+    may_fetch: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def serve(self) -> None:
         """Answer on `port`, again after `go_away()`."""
         self._changed = asyncio.Condition()
+        self.may_fetch.set()
         self._server = grpc.aio.server()
         hosts_pb2_grpc.add_FunctionHostServiceServicer_to_server(self, self._server)
         self._server.add_insecure_port(f"127.0.0.1:{self.port}")
@@ -182,7 +185,9 @@ class Control(hosts_pb2_grpc.FunctionHostServiceServicer):
     async def GetFunctionCode(  # noqa: N802
         self, request: hosts_pb2.GetFunctionCodeRequest, context: Context
     ) -> hosts_pb2.GetFunctionCodeResponse:
-        """Answer with a version's code."""
+        """Answer with a version's code, once that may be."""
+        self.fetched.add(request.version_id)
+        await self.may_fetch.wait()
         if request.version_id not in self.code:
             await context.abort(grpc.StatusCode.NOT_FOUND, "There is no such version.")
         return self.code[request.version_id]

@@ -112,6 +112,30 @@ async def test_a_version_that_fails_leaves_the_old_one(
     assert (await get(client, function)).json() == 1
 
 
+async def test_what_is_removed_while_its_code_comes_leaves_none(folder: Path, own: Control) -> None:
+    """Code that arrives after its function was removed does not stay on the disk."""
+    settings = settings_for(folder, own)
+    async with running_host(settings) as host:
+        own.may_fetch.clear()
+        function_id, version_id = await own.order(answering(1))
+
+        async def is_fetched() -> bool:
+            return version_id in own.fetched
+
+        await eventually(is_fetched)
+        await own.until_applied(await own.change(hosts_pb2.HostedFunction(id=function_id, removed=True)))
+        own.may_fetch.set()
+
+        async def has_come() -> bool:
+            return not host._directory._cache._loading  # noqa: SLF001 - the moment from which it could stay
+
+        async def is_gone() -> bool:
+            return not list((settings.data_dir / "code").iterdir())
+
+        await eventually(has_come)
+        await eventually(is_gone)
+
+
 async def test_a_slow_build_holds_nobody_up(control: Control, host: FunctionHost, client: httpx.AsyncClient) -> None:
     """While a version takes long to load, the changes of others are put in force."""
     del host
