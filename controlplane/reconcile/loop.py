@@ -57,10 +57,9 @@ class Reconciler:
         self._metrics = metrics
         self._looks = {each.kind: Look(each.model) for each in provisioners}
         self._woken = asyncio.Event()
-        self._running: dict[asyncio.Task[None], str] = {}  # each with its kind
+        self._running: dict[asyncio.Task[None], Provisioner[Any]] = {}
         self._loop: asyncio.Task[None] | None = None
         self._stopping = False
-        self._is_full = False  # some rows that are due wait for others to end
 
     def wake(self) -> None:
         """Look for due rows at once: something was committed."""
@@ -103,7 +102,6 @@ class Reconciler:
     async def _run(self) -> None:
         while not self._stopping:
             self._woken.clear()
-            self._is_full = False
             try:
                 for provisioner in self._provisioners:
                     await self._start_due(provisioner)
@@ -117,10 +115,7 @@ class Reconciler:
         """Start a step for each due row, as far as there is room: what was ordered before what is looked at again."""
         for is_ordered, due in await self._count_due(provisioner):
             for _ in range(due):
-                if self._stopping:
-                    return
-                if self._count_running(provisioner) >= provisioner.at_once:
-                    self._is_full = True
+                if self._stopping or self._count_running(provisioner) >= provisioner.at_once:
                     return
                 row = await self._claim(provisioner, is_ordered=is_ordered)
                 if row is None:
@@ -128,17 +123,17 @@ class Reconciler:
                 self._begin(provisioner, self._work(provisioner, row))
 
     def _count_running(self, provisioner: Provisioner[Any]) -> int:
-        return list(self._running.values()).count(provisioner.kind)
+        return list(self._running.values()).count(provisioner)
 
     def _begin(self, provisioner: Provisioner[Any], work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
-        self._running[task] = provisioner.kind
+        self._running[task] = provisioner
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        del self._running[task]
-        if self._is_full:
-            self.wake()
+        provisioner = self._running.pop(task)
+        if self._count_running(provisioner) == provisioner.at_once - 1:
+            self.wake()  # there was no room until now, and something may wait for it
         if not task.cancelled() and (error := task.exception()) is not None:
             _tell("a step's outcome could not be kept; its lease runs out", error)
 
