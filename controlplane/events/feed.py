@@ -58,18 +58,18 @@ class Feed:
     ) -> None:
         """Add an event, in the transaction of what it tells and as its last step: the feed is locked from here on."""
         sequence = (await session.execute(_ADVANCE, {"account_id": account_id})).scalar_one()
-        event = Event(
-            account_id=account_id,
-            sequence=sequence,
-            created_at=self._clock.now(),
-            type=type_,
-            resource_id=resource_id,
-            resource_name=resource_name,
-            status=status,
-            request_id=request_id,
-            detail=detail,
-        )
-        await session.execute(_ADD, event.model_dump())
+        event = {
+            "account_id": account_id,
+            "sequence": sequence,
+            "created_at": self._clock.now(),
+            "type": type_,
+            "resource_id": resource_id,
+            "resource_name": resource_name,
+            "status": status,
+            "request_id": request_id,
+            "detail": detail,
+        }
+        await session.execute(_ADD, event)
 
     async def head(self, account_id: str) -> int:
         """Return the place of the last event, 0 before the first."""
