@@ -108,7 +108,8 @@ class DatabaseOrders:
         backup = await newest_backup(call.session, database.id)
         if backup is None:
             raise NotFound("deleted database", name)
-        await self._check_free(call, name)
+        if there is not None:
+            raise AlreadyExists("database", name)
         await self._charge(call, "databases", database.id)
         await self._charge(call, "backups", backup.id)
         cluster = await placement.place(call.session, self._catalog, engine=database.engine, region=database.region)
