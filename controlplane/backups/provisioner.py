@@ -71,7 +71,7 @@ class BackupProvisioner:
             return await self._look(row, database, identity)
 
     async def follow_up(self, session: AsyncSession, row: Backup, outcome: Outcome) -> bool:
-        """Give back the quota of what is gone; order away what a new backup makes superfluous, and tell so."""
+        """Give back the quota of what is gone; order away what a new backup makes superfluous, if anything."""
         if isinstance(outcome, Gone):
             await quota.release(session, resource_id=row.id)
         elif isinstance(outcome, Settled) and row.state == RUNNING and row.trigger == SCHEDULED:

@@ -106,8 +106,7 @@ class DatabaseProvisioner:
             # As the step saw it: asked once more, a backup whose time has come since would be ordered twice.
             and row.next_backup_at not in {None, outcome.values["next_backup_at"]}
         ):
-            await self._order_backup(session, row)
-            return True
+            return await self._order_backup(session, row)
         return False
 
     async def _take(self, row: Database, engine: Engine) -> Outcome:
@@ -212,13 +211,13 @@ class DatabaseProvisioner:
             return row.next_backup_at
         return next_run(row.backup_schedule, after=self._clock.now(), database_id=row.id)
 
-    async def _order_backup(self, session: AsyncSession, row: Database) -> None:
-        """Order the scheduled backup, or tell why there is none."""
+    async def _order_backup(self, session: AsyncSession, row: Database) -> bool:
+        """Order the scheduled backup, or have the customer told why there is none; return whether it was ordered."""
         backup = new_backup(row, trigger=SCHEDULED, now=self._clock.now())
         if (reason := await self._why_none(session, row, backup)) is None:
             session.add(backup)
             await session.flush()
-            return
+            return True
         await self._feed.append(
             session,
             account_id=row.account_id,
@@ -227,6 +226,7 @@ class DatabaseProvisioner:
             resource_name=row.name,
             detail=reason,
         )
+        return False
 
     async def _why_none(self, session: AsyncSession, row: Database, backup: Backup) -> str | None:
         """Charge the quota; return why there can be no backup now, None if there can."""
