@@ -49,8 +49,8 @@ class _Commands(click.Group):
         if cmd_name not in _NAMES:
             return None
         name = cmd_name.replace("-", "_")
-        command = getattr(import_module(f"controlplane.cli.{name}"), name)
-        return command if isinstance(command, click.Command) else None
+        command: click.Command = getattr(import_module(f"controlplane.cli.{name}"), name)
+        return command
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -228,3 +229,11 @@ async def test_a_busy_port_names_its_setting(run: Run, setting: str) -> None:
     assert last.startswith("controlplane: ")
     assert str(port) in last
     assert setting in last
+
+
+@pytest.mark.parametrize("command", ["functions_host", "proxy_host"])
+async def test_a_host_loads_nothing_of_the_server(command: str) -> None:
+    """A host may be elsewhere and small: of the server's libraries it has only what it calls it by."""
+    program = f"import sys, controlplane.cli.{command}; sys.exit('sqlalchemy' in sys.modules)"
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", program)
+    assert await process.wait() == 0
