@@ -307,9 +307,9 @@ async def test_a_place_that_is_taken(folder: Path, own: Control) -> None:
     first = settings_for(folder, own)
     async with running_host(first), client_of(first) as client:
         function = await own.deploy(answering(1))
-        for taken in ("listen", "metrics_port"):
+        for taken, why in {"listen": "is another host running", "metrics_port": "cannot be used for metrics"}.items():
             second = FunctionHost(settings_for(folder, own, **{taken: getattr(first, taken)}))
-            with pytest.raises(OperatorError):
+            with pytest.raises(OperatorError, match=why):
                 await second.start()
         with pytest.raises(Exception, match="Another host uses"):
             await FunctionHost(settings_for(folder, own, data_dir=first.data_dir)).start()
