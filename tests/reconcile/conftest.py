@@ -20,6 +20,7 @@ from controlplane.events.feed import Feed
 from controlplane.keys import Keys
 from controlplane.migrations import migrate
 from controlplane.observe.metrics import Metrics, new_metrics
+from controlplane.reconcile import loop
 from controlplane.reconcile.loop import Reconciler
 from controlplane.sql import Store
 from tests.clock import ManualClock
@@ -185,6 +186,12 @@ class Works:
     async def entered(self) -> None:
         """Wait until one more call has come to the cluster."""
         await asyncio.wait_for(self.engine.entered.acquire(), 5)
+
+
+@pytest.fixture
+def no_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is found because time goes by."""
+    monkeypatch.setattr(loop, "_LOOK_EVERY", 3600.0)
 
 
 @pytest.fixture

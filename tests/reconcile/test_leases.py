@@ -140,6 +140,7 @@ async def test_a_step_that_lost_its_lease_is_ended(works: Works, monkeypatch: py
     assert works.engine.databases == {}
 
 
+@pytest.mark.usefixtures("no_looks")
 async def test_a_new_order_during_a_step_is_what_is_made(works: Works) -> None:
     """A step's outcome for an order that has changed meanwhile is forgotten, and the new order is done at once."""
     works.engine.hold()
@@ -154,6 +155,7 @@ async def test_a_new_order_during_a_step_is_what_is_made(works: Works) -> None:
     assert works.engine.calls == [("apply", "db_1")] * 2
 
 
+@pytest.mark.usefixtures("no_looks")
 async def test_a_deletion_during_a_step_wins(works: Works) -> None:
     """What is deleted while it is being made is removed, whatever the step came to."""
     works.engine.hold()
@@ -167,6 +169,7 @@ async def test_a_deletion_during_a_step_wins(works: Works) -> None:
     assert works.engine.calls == [("apply", "db_1"), ("drop", "db_1")]
 
 
+@pytest.mark.usefixtures("no_looks")
 async def test_a_deletion_ends_a_long_step(works: Works, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is deleted during a step that would never end is removed all the same: the step is given up for it."""
     monkeypatch.setattr(loop, "_RENEW_EVERY", 0.02)

@@ -4,16 +4,11 @@ import pytest
 from sqlmodel import select
 
 from controlplane.backups.model import COMPLETED, Backup
-from controlplane.databases.model import PROVISIONING, Database
-from controlplane.reconcile import loop
-from controlplane.reconcile.model import DELETING
+from controlplane.databases.model import Database
 from tests.reconcile.conftest import Works
 from tests.stack import eventually
 
-
-@pytest.fixture(autouse=True)
-def _time_makes_nothing_due(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "_LOOK_EVERY", 3600.0)
+pytestmark = pytest.mark.usefixtures("no_looks")
 
 
 async def test_there_is_room_again(works: Works) -> None:
@@ -24,30 +19,6 @@ async def test_there_is_room_again(works: Works) -> None:
     works.reconciler(concurrency=2).start()
     for name in names:
         await works.until(lambda row: row.state == "ready", name)
-
-
-async def test_a_step_was_superseded(works: Works) -> None:
-    """What was ordered during a step is begun as soon as that has ended, whoever took the order."""
-    works.engine.hold()
-    await works.order()
-    works.reconciler().start()
-    await works.entered()
-    await works.order_again(PROVISIONING)
-    works.engine.release()
-    await works.until(lambda row: row.observed_generation == 2)
-
-
-async def test_a_step_was_given_up(works: Works, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A deletion for whose sake a long step was given up is begun at once."""
-    monkeypatch.setattr(loop, "_RENEW_EVERY", 0.02)
-    works.engine.hold()
-    await works.order()
-    works.reconciler().start()
-    await works.entered()
-    works.engine.hold()  # another gate, which opens for those who come from now on
-    works.engine.release()
-    await works.order_again(DELETING)
-    await works.until_gone()
 
 
 async def test_a_step_has_ordered_something(works: Works) -> None:
